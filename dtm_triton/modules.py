@@ -1,0 +1,184 @@
+"""Morphing, merging and the DTM loss as nn.Modules: they hold settings, the functions do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.library import custom_op
+
+from dtm_triton import ops
+from dtm_triton.backend import choose_backend
+from dtm_triton.groups import TokenGroups, check_tokens, merge_tokens, morph_tokens
+from dtm_triton.losses import LossKind, check_loss, check_pair, matched_loss
+from dtm_triton.matching import Split, check_matching, draw_seed, match_tokens, schedules_tensor
+from dtm_triton.schedule import MorphSchedule
+
+
+class TokenMorph(nn.Module):
+    """Replace every token by the mean of its group of similar tokens.
+
+    Arguments and errors are those of `match_tokens`. forward(x [B, N, D], features [B, N, C] = x) -> [B, N, D].
+
+    >>> TokenMorph([2])(torch.tensor([[[1.], [2.], [-4.], [-6.]]])).flatten().tolist()
+    [1.5, 1.5, -5.0, -5.0]
+    """
+
+    def __init__(
+        self,
+        removed: MorphSchedule | Sequence[int],
+        *,
+        num_protected: int = 0,
+        split: Split = "alternating",
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_matching(num_protected, split, generator)
+        self.schedule = removed if isinstance(removed, MorphSchedule) else MorphSchedule(removed)  # type: ignore[arg-type]
+        self.num_protected, self.split, self.generator = num_protected, split, generator
+
+    def match(self, features: Tensor) -> TokenGroups:
+        """The groups of features [B, N, C]."""
+        return match_tokens(
+            features,
+            self.schedule,
+            num_protected=self.num_protected,
+            split=self.split,
+            generator=self.generator,
+        )
+
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        return morph_tokens(x, self.match(x if features is None else features))
+
+    def extra_repr(self) -> str:
+        return f"removed={self.schedule.removed}, num_protected={self.num_protected}, split={self.split!r}"
+
+
+class TokenMerge(TokenMorph):
+    """One mean token per group of similar tokens, and the groups to undo it with `unmerge_tokens`.
+
+    Arguments and errors are those of `match_tokens`. forward(x [B, N, D], features [B, N, C] = x) -> merged [B, G, D],
+    TokenGroups. Without separate features, matching and merging are one kernel launch on a GPU.
+
+    >>> merged, groups = TokenMerge([2])(torch.tensor([[[1.], [2.], [-4.], [-6.]]]))
+    >>> merged.flatten().tolist(), groups.index.tolist()
+    ([1.5, -5.0], [[0, 0, 1, 1]])
+    """
+
+    def forward(self, x: Tensor, features: Tensor | None = None) -> tuple[Tensor, TokenGroups]:  # type: ignore[override]
+        if features is not None:
+            groups = self.match(features)
+            return merge_tokens(x, groups), groups
+        check_tokens("x", x)
+        num_groups = self.schedule.num_groups(x.shape[1], self.num_protected)
+        merged, index, size = ops.match_merge(
+            x,
+            schedules_tensor([self.schedule]),
+            draw_seed(self.split, self.generator),
+            num_groups,
+            self.num_protected,
+            self.split == "random",
+            self.num_protected > 0,
+            choose_backend(None, x.device),
+        )
+        return merged, TokenGroups(index[0], size[0, :, :num_groups].contiguous())
+
+
+class DTMLoss(nn.Module):
+    """`dtm_loss` with schedules drawn anew in every call, as the paper trains.
+
+    num_schedules: schedules per call, L. max_removed and max_iterations bound the draw (`MorphSchedule.sample`; tokens
+    beyond the image's are not counted). Other arguments and errors as in `dtm_loss`.
+    forward(outputs [B, N, C], targets [B, N, C]) -> scalar. Works under torch.compile(fullgraph=True) without compiling
+    again when the draw changes. The state of the draw is part of state_dict(); it starts from PyTorch's default
+    generator, or from `manual_seed`. Data-parallel processes draw their own schedules when seeded differently.
+    Source: DTM, Algorithm 1 and section 3.3.
+
+    >>> loss = DTMLoss(max_removed=12, max_iterations=3).manual_seed(0)
+    >>> targets = torch.randn(2, 16, 8)
+    >>> loss(targets, targets).item()
+    0.0
+    """
+
+    def __init__(
+        self,
+        num_schedules: int = 2,
+        max_removed: int = 196,
+        max_iterations: int = 14,
+        kind: LossKind = "smooth_l1",
+        beta: float = 2.0,
+        normalize_target: bool = False,
+        num_protected: int = 0,
+        split: Split = "alternating",
+    ) -> None:
+        super().__init__()
+        MorphSchedule.sample(1, max_removed, max_iterations, torch.Generator())  # its errors name these arguments
+        if isinstance(num_schedules, bool) or not isinstance(num_schedules, int):
+            raise TypeError(f"num_schedules must be an integer, got {num_schedules!r}")
+        if num_schedules < 1:
+            raise ValueError(f"num_schedules must be at least 1, got {num_schedules}")
+        check_loss(kind, beta, normalize_target)
+        check_matching(num_protected, split, None)
+        self.num_schedules, self.max_removed, self.max_iterations = num_schedules, max_removed, max_iterations
+        self.kind, self.beta, self.normalize_target = kind, float(beta), normalize_target
+        self.num_protected, self.split = num_protected, split
+        self.manual_seed(int(torch.randint(2**63 - 1, ())))
+
+    def manual_seed(self, seed: int) -> DTMLoss:
+        """Start the draw anew from `seed`; returns the module."""
+        self.draw_state = Generator().manual_seed(seed).get_state()
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """The state of the draw, for state_dict()."""
+        return self.draw_state.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue the draw of a saved module."""
+        self.draw_state = state.cpu().clone()
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        check_pair(outputs, targets)
+        removed, seed = _draw(
+            self.draw_state, self.num_schedules, outputs.shape[1], self.max_removed, self.max_iterations, self.split
+        )
+        return matched_loss(
+            outputs,
+            targets,
+            removed,
+            seed,
+            kind=self.kind,
+            beta=self.beta,
+            normalize_target=self.normalize_target,
+            num_protected=self.num_protected,
+            split=self.split,
+            backend=choose_backend(None, outputs.device),
+        )
+
+    def extra_repr(self) -> str:
+        names = ("num_schedules", "max_removed", "max_iterations", "kind", "beta", "normalize_target")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "num_protected", "split"))
+
+
+@custom_op("dtm_triton::draw_schedules", mutates_args=("state",))
+def _draw(
+    state: Tensor, num_schedules: int, num_tokens: int, max_removed: int, max_iterations: int, split: str
+) -> tuple[Tensor, Tensor]:
+    """Schedules int32 [L, max_iterations] and a seed int64 [1]; a custom op so that a compiled loss draws anew too."""
+    generator = Generator()
+    generator.set_state(state)
+    removed = torch.zeros(num_schedules, max_iterations, dtype=torch.int32)
+    for row in removed:
+        drawn = MorphSchedule.sample(max(num_tokens, 1), max_removed, max_iterations, generator).removed
+        row[: len(drawn)] = torch.tensor(drawn)
+    seed = draw_seed(split, generator)  # type: ignore[arg-type]
+    state.copy_(generator.get_state())
+    return removed, seed
+
+
+@_draw.register_fake
+def _(
+    state: Tensor, num_schedules: int, num_tokens: int, max_removed: int, max_iterations: int, split: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(num_schedules, max_iterations, dtype=torch.int32), torch.empty(1, dtype=torch.int64)

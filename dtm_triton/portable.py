@@ -1,0 +1,213 @@
+"""The operations batched over the Gram matrix in plain PyTorch: for CPUs, and for GPUs without Triton.
+
+Cosine similarities between groups depend only on inner products of group sums, and those are sums of entries of the
+Gram matrix of the tokens. So the features are read once, and merging two groups adds their rows and columns.
+Half precision is computed in float32. Deterministic on every device. B images, N tokens, G groups, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtm_triton.reference import LOWEST, shuffled_slots
+
+GRAM_BYTES = 64 * 2**20
+"""Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
+
+
+def match(
+    features: Tensor, removed: Tensor, seed: int, *, num_protected: int, random_split: bool, keep_order: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group tokens by iterated bipartite matching; arguments and results are those of `reference.match`."""
+    batch, tokens, _ = features.shape
+    index = features.new_zeros((len(removed), batch, tokens), dtype=torch.int32)
+    chunk = max(1, GRAM_BYTES // (4 * max(tokens, 1) ** 2))
+    for first in range(0, batch, chunk):
+        x = _at_least_float32(features[first : first + chunk])
+        with torch.autocast(x.device.type, enabled=False):  # a half-precision Gram matrix would change decisions
+            gram = x @ x.transpose(1, 2)
+        for schedule, counts in enumerate(removed.tolist()):
+            last = schedule == len(removed) - 1
+            matching = _Matching(gram if last else gram.clone(), (seed, schedule), first, num_protected)
+            for iteration, count in enumerate(counts):
+                matching.step(iteration, count, random_split, keep_order)
+            index[schedule, first : first + chunk] = matching.groups()
+    size = torch.zeros_like(index).scatter_add_(-1, index.long(), torch.ones_like(index))
+    return index, size, index.sort(dim=-1, stable=True).indices.int()
+
+
+class _Matching:
+    """The state of one schedule: `gram` changes in place and is never permuted, `order` [B, n] lists the tokens that
+    stand for the groups, `owner` [B, N] is the token that stands for every token's group."""
+
+    def __init__(self, gram: Tensor, key: tuple[int, int], first_image: int, num_protected: int) -> None:
+        batch, tokens, _ = gram.shape
+        self.gram, self.key, self.first_image, self.num_protected = gram, key, first_image, num_protected
+        self.identity = torch.arange(tokens, device=gram.device).expand(batch, -1)
+        self.order = self.owner = self.identity
+
+    def step(self, iteration: int, count: int, random_split: bool, keep_order: bool) -> None:
+        """One iteration: split, choose partners, select the `count` best, merge."""
+        groups, protected = self.order.shape[1], self.num_protected
+        count = min(count, (groups - protected) // 2)
+        if count <= 0:
+            return
+        if random_split:
+            images = self.first_image + len(self.order)
+            slots = shuffled_slots(images, groups, (*self.key, iteration), protected, self.order.device)
+            shuffled = self.order.gather(1, slots[self.first_image :])
+            a, b = shuffled[:, : (groups + 1) // 2], shuffled[:, (groups + 1) // 2 :]
+        else:
+            a, b = self.order[:, 0::2], self.order[:, 1::2]
+        best, partner = self._best_partners(a, b)
+        ranking = best.sort(dim=-1, descending=True, stable=True).indices
+        staying = ranking[:, count:]
+        if keep_order:
+            staying = staying.sort(-1).values
+        merging = ranking[:, :count]
+        kept = a.gather(1, staying)
+        if protected == 2:  # both special tokens stay in front
+            self.order = torch.cat([kept[:, :1], b[:, :1], kept[:, 1:], b[:, 1:]], 1)
+        else:
+            self.order = torch.cat([kept, b], 1)
+        self._merge(a.gather(1, merging), b.gather(1, partner.gather(1, merging)))
+
+    def _best_partners(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Each a's highest cosine similarity and the b that has it, the first one on a tie."""
+        square = self.gram.diagonal(dim1=1, dim2=2)
+        inverse = torch.where(square > 0, square.rsqrt(), 0.0)
+        similarity = _rows(self.gram, a).gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
+        similarity *= inverse.gather(1, b)[:, None, :]
+        similarity *= inverse.gather(1, a)[:, :, None]
+        similarity.masked_fill_(similarity.isnan(), LOWEST)
+        if self.num_protected >= 1:
+            similarity[:, 0, :] = -torch.inf
+        if self.num_protected == 2:
+            similarity[:, :, 0] = -torch.inf
+        best, partner = similarity.max(-1)
+        return best, partner
+
+    def _merge(self, source: Tensor, destination: Tensor) -> None:
+        """Add the sources' rows and columns to their destinations'."""
+        _add_rows(self.gram, destination, _rows(self.gram, source))
+        columns = self.gram.transpose(1, 2)
+        _add_rows(columns, destination, _rows(columns, source))
+        self.owner = self.identity.scatter(1, source, destination).gather(1, self.owner)
+
+    def groups(self) -> Tensor:
+        """The position of every token's group in the final order [B, N]."""
+        positions = self.identity[:, : self.order.shape[1]]
+        return torch.zeros_like(self.identity).scatter_(1, self.order, positions).gather(1, self.owner).int()
+
+
+def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
+    """The mean, sum or maximum of every group: [B, N, D] -> [B, G, D]."""
+    shape = (x.shape[0], size.shape[1], x.shape[2])
+    if mode == "amax":
+        where = index.long()[:, :, None].expand_as(x)
+        return x.new_zeros(shape).scatter_reduce_(1, where, x, "amax", include_self=False)
+    rows = _at_least_float32(x)
+    merged = _add_rows(rows.new_zeros(shape), index.long(), rows)
+    return (merged / size[:, :, None] if mode == "mean" else merged).to(x.dtype)
+
+
+def unmerge(merged: Tensor, index: Tensor) -> Tensor:
+    """Give every token what its group holds: [B, G, D] -> [B, N, D]."""
+    return _rows(merged, index.long())
+
+
+def morph(x: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """Replace every token by its group's mean: [B, N, D] -> [B, N, D]."""
+    return unmerge(merge(x, index, size, "mean"), index)
+
+
+def loss_forward(
+    outputs: Tensor,
+    targets: Tensor,
+    index: Tensor,
+    size: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    normalize_target: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its derivative by each group's mean output, [L, B, G, C], when `save` (else an empty tensor).
+
+    Morphing is a symmetric projector, so that derivative, given to every token of the group, is the gradient up to the
+    constant that `loss_backward` applies. Saved unscaled: 1 / (B N C) times it would underflow in float16.
+    Shapes are those of `reference.loss`; columns of `size` may be padded with zeros. Source: DTM, equations 4 and 5.
+    """
+    batch, tokens, channels = outputs.shape
+    x, y = _at_least_float32(outputs), _at_least_float32(targets)
+    separate = kind == "cosine" or normalize_target
+    total = x.new_zeros(())
+    slopes = outputs.new_zeros((*size.shape, channels) if save else (0,))
+    for schedule, (groups, sizes) in enumerate(zip(index, size, strict=True)):
+        members = sizes.clamp(min=1)
+        if separate:
+            output = merge(x, groups, members, "mean")
+            target = merge(y, groups, members, "mean")
+            target = _standardise(target) if normalize_target else target
+            value, slope = _cosine(output, target) if kind == "cosine" else _pointwise(output - target, kind, beta)
+        else:
+            value, slope = _pointwise(merge(x - y, groups, members, "mean"), kind, beta)
+        total = total + (value * sizes[:, :, None]).sum()
+        if save:
+            slopes[schedule] = slope
+    count = len(index) * batch * tokens * (1 if kind == "cosine" else channels)
+    return total / max(count, 1), slopes
+
+
+def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> Tensor:
+    """The gradient of the loss [B, N, C]: each token takes its groups' slopes, times `grad` and `scale`."""
+    total = sum(_rows(_at_least_float32(slope), groups.long()) for slope, groups in zip(slopes, index, strict=True))
+    assert isinstance(total, Tensor), "a loss has at least one schedule"
+    return (total * (grad * scale)).to(slopes.dtype)
+
+
+def _pointwise(difference: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """f and f' of a difference of means."""
+    if kind == "l2":
+        return difference.square(), 2 * difference
+    distance, sign = difference.abs(), difference.sign()
+    if kind == "l1" or beta == 0:
+        return distance, sign
+    assert kind == "smooth_l1", kind
+    near = distance < beta
+    value = torch.where(near, 0.5 * difference.square() / beta, distance - 0.5 * beta)
+    return value, torch.where(near, difference / beta, sign)
+
+
+def _cosine(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine similarity of each row [B, G, 1], norms held at 1e-8 or above, and its derivative by `output`."""
+    square = output.square().sum(-1, keepdim=True)
+    length = square.sqrt().clamp(min=1e-8)
+    target = target / target.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+    cosine = (output * target).sum(-1, keepdim=True) / length
+    pull = torch.where(square > 1e-16, cosine / length.square(), 0.0)  # a clamped norm is a constant
+    return 1 - cosine, pull * output - target / length
+
+
+def _standardise(target: Tensor) -> Tensor:
+    """Zero mean and unit unbiased variance over the channels."""
+    centred = target - target.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / max(target.shape[-1] - 1, 1)
+    return centred / (variance + 1e-6).sqrt()
+
+
+def _add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:
+    """matrix[b, into[b, i]] += rows[b, i] in place, in the order of i whatever the device."""
+    if matrix.device.type == "cpu":
+        return matrix.scatter_add_(1, into[:, :, None].expand_as(rows), rows)
+    images = torch.arange(len(matrix), device=matrix.device)[:, None]
+    return matrix.index_put_((images, into), rows, accumulate=True)  # sorted there: scatter_add_ adds in any order
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,196 @@
+"""Every operation stated literally in plain PyTorch: the definition that the fast implementations are tested against.
+
+Written to be read beside the paper, one batched statement a step, on the features themselves and with the dense
+source matrix. Works in the input's precision, at least float32. L schedules, B images, N tokens, G groups, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOWEST = -3e38
+"""What a similarity that is not a number counts as."""
+
+
+def match(
+    features: Tensor, removed: Tensor, seed: int, *, num_protected: int, random_split: bool, keep_order: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group tokens by iterated bipartite matching, once for every schedule. Source: DTM, Algorithm 1.
+
+    features [B, N, C], removed int [L, K] -> index int32 [L, B, N], size int32 [L, B, N] padded with zeros, and members
+    int32 [L, B, N]: the tokens sorted by group.
+
+    >>> index, size, members = match(torch.eye(4)[None, [0, 0, 1, 1]], torch.tensor([[2]]), 0,
+    ...                              num_protected=0, random_split=False, keep_order=False)
+    >>> index.tolist(), size.tolist()
+    ([[[0, 0, 1, 1]]], [[[2, 2, 0, 0]]])
+    """
+    batch, tokens, _ = features.shape
+    with torch.autocast(features.device.type, enabled=False):  # half precision would change decisions
+        source = [
+            _match_schedule(features, counts, (seed, schedule), num_protected, random_split, keep_order)
+            for schedule, counts in enumerate(removed.tolist())
+        ]
+    index = features.new_zeros((len(source), batch, tokens), dtype=torch.int32)
+    size = torch.zeros_like(index)
+    for schedule, matrix in enumerate(source):
+        size[schedule, :, : matrix.shape[1]] = matrix.sum(-1)
+        if tokens:
+            index[schedule] = matrix.argmax(1)
+    return index, size, index.sort(dim=-1, stable=True).indices.int()
+
+
+def _match_schedule(
+    features: Tensor,
+    removed: list[int],
+    seed: tuple[int, int],
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+) -> Tensor:
+    """One schedule: the dense 0/1 matrix [B, G, N] that tells which token is in which group."""
+    batch, tokens, _ = features.shape
+    means = _at_least_float32(features)
+    source = torch.eye(tokens, device=features.device, dtype=means.dtype).expand(batch, -1, -1)
+    for iteration, count in enumerate(removed):
+        groups = means.shape[1]
+        count = min(count, (groups - num_protected) // 2)
+        if count <= 0:
+            continue
+        slots = torch.arange(groups, device=features.device).expand(batch, -1)
+        if random_split:
+            slots = shuffled_slots(batch, groups, (*seed, iteration), num_protected, features.device)
+            a, b = slots[:, : (groups + 1) // 2], slots[:, (groups + 1) // 2 :]
+        else:
+            a, b = slots[:, 0::2], slots[:, 1::2]
+
+        norm = means.norm(dim=-1, keepdim=True)
+        unit = torch.where(norm > 0, means / norm, 0 * means)  # the cosine with a zero vector is 0
+        similarity = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # [B, A, B]
+        similarity = similarity.where(~similarity.isnan(), LOWEST)
+        if num_protected >= 1:
+            similarity[:, 0, :] = -torch.inf
+        if num_protected == 2:
+            similarity[:, :, 0] = -torch.inf
+        best, partner = similarity.max(-1)
+        ranking = best.sort(dim=-1, descending=True, stable=True).indices
+        merging, staying = ranking[:, :count], ranking[:, count:]
+        if keep_order:
+            staying = staying.sort(-1).values
+        kept = torch.cat([a.gather(1, staying), b], 1)
+        if num_protected == 2:  # both special tokens stay in front
+            kept = torch.cat([kept[:, :1], b[:, :1], kept[:, 1 : staying.shape[1]], b[:, 1:]], 1)
+
+        destination = b.gather(1, partner.gather(1, merging))
+        into = slots.scatter(1, a.gather(1, merging), destination)  # the slot each slot's tokens move to
+        moved = torch.zeros_like(source).scatter_add(1, into[:, :, None].expand_as(source), source)
+        source = _rows(moved, kept)
+        # A sum over members, not a matrix product: one that is not a number must not reach the other groups.
+        sums = torch.zeros_like(means).scatter_add(
+            1, source.argmax(1)[:, :, None].expand_as(features), _at_least_float32(features)
+        )
+        means = sums[:, : kept.shape[1]] / source.sum(-1, keepdim=True)
+    return source
+
+
+def shuffled_slots(batch: int, groups: int, key: tuple[int, int, int], num_protected: int, device: object) -> Tensor:
+    """A permutation of the slots per image [B, n] from (seed, schedule, iteration); protected slots come first.
+
+    Counter-based, so that every implementation and every device draws the same: slots sorted by a hash of
+    (seed, schedule, image, iteration, slot).
+
+    >>> shuffled_slots(2, 4, (1, 0, 0), 0, "cpu").sort(-1).values.tolist()
+    [[0, 1, 2, 3], [0, 1, 2, 3]]
+    """
+    seed, schedule, iteration = key
+    image = torch.arange(batch, device=device)  # type: ignore[call-overload]
+    slot = torch.arange(groups, device=device)  # type: ignore[call-overload]
+    state = _hash(torch.full_like(image, seed & 0xFFFFFFFF))
+    for word in ((seed >> 32) & 0xFFFFFFFF, schedule, image, iteration):
+        state = _hash(state ^ word)
+    keys = _hash(state[:, None] ^ slot) >> 1
+    keys[:, :num_protected] = -1
+    return keys.sort(dim=-1, stable=True).indices
+
+
+def _hash(x: Tensor) -> Tensor:
+    """An invertible mixing of 32 bits, in int64 arithmetic."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
+    """The mean, sum or maximum of every group: [B, N, D] -> [B, G, D].
+
+    >>> merge(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]]), "mean").tolist()
+    [[[2.0], [5.0]]]
+    """
+    reduce = {"mean": "mean", "sum": "sum", "amax": "amax"}[mode]
+    where = index.long()[:, :, None].expand_as(x)
+    out = _at_least_float32(x).new_zeros(x.shape[0], size.shape[1], x.shape[2])
+    return out.scatter_reduce(1, where, _at_least_float32(x), reduce, include_self=False).to(x.dtype)
+
+
+def unmerge(merged: Tensor, index: Tensor) -> Tensor:
+    """Give every token what its group holds: [B, G, D] -> [B, N, D].
+
+    >>> unmerge(torch.tensor([[[2.], [5.]]]), torch.tensor([[0, 0, 1]])).tolist()
+    [[[2.0], [2.0], [5.0]]]
+    """
+    return _rows(merged, index.long())
+
+
+def morph(x: Tensor, index: Tensor, size: Tensor) -> Tensor:
+    """Replace every token by its group's mean: [B, N, D] -> [B, N, D]. Source: DTM, equation 3.
+
+    >>> morph(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]])).tolist()
+    [[[2.0], [2.0], [5.0]]]
+    """
+    return unmerge(merge(_at_least_float32(x), index, size, "mean"), index).to(x.dtype)
+
+
+def loss(
+    outputs: Tensor, targets: Tensor, index: Tensor, size: Tensor, *, kind: str, beta: float, normalize_target: bool
+) -> Tensor:
+    """Token-wise loss between morphed outputs and morphed targets [B, N, C], mean over L schedules and all tokens.
+
+    index [L, B, N], size [L, B, G]. Source: DTM, equations 4 and 5.
+
+    >>> x = torch.ones(1, 2, 3)
+    >>> loss(x, 0 * x, torch.zeros(1, 1, 2).int(), torch.full((1, 1, 1), 2), kind="l2", beta=2.0,
+    ...      normalize_target=False).item()
+    1.0
+    """
+    outputs, targets = _at_least_float32(outputs), _at_least_float32(targets)
+    total = outputs.new_zeros(())
+    for groups, sizes in zip(index, size, strict=True):
+        total = total + _token_loss(morph(outputs, groups, sizes), morph(targets, groups, sizes), kind, beta, normalize_target)
+    return total / max(len(index), 1)
+
+
+def _token_loss(outputs: Tensor, targets: Tensor, kind: str, beta: float, normalize_target: bool) -> Tensor:
+    if normalize_target:
+        centred = targets - targets.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / max(targets.shape[-1] - 1, 1)
+        targets = centred / (variance + 1e-6).sqrt()
+    if outputs.numel() == 0:
+        return outputs.sum()  # no tokens, no loss
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(outputs, targets, beta=beta)
+    if kind == "l1":
+        return F.l1_loss(outputs, targets)
+    if kind == "l2":
+        return F.mse_loss(outputs, targets)
+    assert kind == "cosine", kind
+    return 1 - F.cosine_similarity(outputs, targets, dim=-1).mean()
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
