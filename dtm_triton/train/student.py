@@ -78,6 +78,8 @@ class MaskedStudent(nn.Module):
     torch.Size([4, 24])
     """
 
+    backbone: Any  # a timm model: what it offers is checked when it is built
+
     def __init__(
         self,
         model: str,
@@ -103,7 +105,7 @@ class MaskedStudent(nn.Module):
             "global_pool": "",
         }
         try:
-            backbone = timm.create_model(model, drop_path_rate=drop_path, **self.create_kwargs)
+            backbone: Any = timm.create_model(model, drop_path_rate=drop_path, **self.create_kwargs)
         except AssertionError as refusal:
             raise ValueError(f"timm cannot build model {model!r} without pooling: {refusal}") from refusal
         _check_backbone(model, backbone)
@@ -220,7 +222,7 @@ def _check_model(model: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(model_kwargs)
 
 
-def _check_backbone(model: str, backbone: nn.Module) -> None:
+def _check_backbone(model: str, backbone: Any) -> None:
     missing = [name for name in ("patch_embed", "blocks", "norm", "num_prefix_tokens") if not hasattr(backbone, name)]
     if missing:
         raise ValueError(f"model must be a plain Vision Transformer, got {model!r} without {', '.join(missing)}")

@@ -31,10 +31,11 @@ class Teacher(nn.Module):
     Attributes: grid (height, width) of the tokens; out_features, their width.
     """
 
+    model: Any  # a timm model: what it offers is checked when it is built
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], project: bool) -> None:
+    def __init__(self, model: Any, mean: tuple[float, ...], std: tuple[float, ...], project: bool) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.project = project
@@ -79,8 +80,8 @@ def build_teacher(
     Args:
         model: timm name with or without tag, for DTM "vit_base_patch16_clip_quickgelu_224.openai".
         weights: a file (.safetensors, or .pth/.pt/.bin read as tensors only), or a folder holding exactly one, or
-            timm's "model.safetensors". timm's own and the publishers' layouts (OpenAI CLIP, DINOv2, BEiT) are understood,
-            every parameter must be there. None: timm's hub cache, and the network for what is not yet in it.
+            timm's "model.safetensors". timm's own and the publishers' layouts (OpenAI CLIP, DINOv2, BEiT) are
+            understood, every parameter must be there. None: timm's hub cache, and the network for what is not in it.
         project: apply the model's head to every token: CLIP's 768 -> 512. Otherwise the tokens keep the model's width.
         statistics: "own", the mean and deviation the model was trained with, or "imagenet" (DTM's program).
         grid: the student's (height, width) in patches. The model's input becomes grid * its patch size (position tables
@@ -131,7 +132,7 @@ def build_teacher(
     return Teacher(network, tuple(mean), tuple(std), project)
 
 
-def _from_hub(model: str, kwargs: dict[str, Any]) -> nn.Module:
+def _from_hub(model: str, kwargs: dict[str, Any]) -> Any:
     try:
         return timm.create_model(model, pretrained=True, **kwargs)
     except Exception as error:  # the hub client's errors share no base class
@@ -141,7 +142,7 @@ def _from_hub(model: str, kwargs: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _from_file(model: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
+def _from_file(model: str, path: Path, kwargs: dict[str, Any]) -> Any:
     file = _weight_file(path)
     state = load_state_dict(str(file), device="cpu", weights_only=True)
     # the file decides whether there is a head, and how wide: then timm loads all of it strictly, and leaves out nothing
@@ -151,7 +152,7 @@ def _from_file(model: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
         classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     overlay = {"state_dict": state, "num_classes": classes, "label_offset": 0}
     try:
-        network = timm.create_model(
+        network: Any = timm.create_model(
             model, pretrained=True, pretrained_cfg_overlay=overlay, **{**kwargs, "num_classes": classes}
         )
     except (RuntimeError, KeyError) as error:
