@@ -65,6 +65,8 @@ class _Matching:
         staying = ranking[:, count:]
         if keep_order:
             staying = staying.sort(-1).values
+        elif protected:
+            staying = staying.roll(1, 1)  # the protected token ranks last, but stays in front
         merging = ranking[:, :count]
         kept = a.gather(1, staying)
         if protected == 2:  # both special tokens stay in front

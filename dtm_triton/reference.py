@@ -60,11 +60,10 @@ def _match_schedule(
         if count <= 0:
             continue
         slots = torch.arange(groups, device=features.device).expand(batch, -1)
+        a, b = slots[:, 0::2], slots[:, 1::2]
         if random_split:
-            slots = shuffled_slots(batch, groups, (*seed, iteration), num_protected, features.device)
-            a, b = slots[:, : (groups + 1) // 2], slots[:, (groups + 1) // 2 :]
-        else:
-            a, b = slots[:, 0::2], slots[:, 1::2]
+            shuffled = shuffled_slots(batch, groups, (*seed, iteration), num_protected, features.device)
+            a, b = shuffled[:, : (groups + 1) // 2], shuffled[:, (groups + 1) // 2 :]
 
         norm = means.norm(dim=-1, keepdim=True)
         unit = torch.where(norm > 0, means / norm, 0 * means)  # the cosine with a zero vector is 0
@@ -79,6 +78,8 @@ def _match_schedule(
         merging, staying = ranking[:, :count], ranking[:, count:]
         if keep_order:
             staying = staying.sort(-1).values
+        elif num_protected:
+            staying = staying.roll(1, 1)  # the protected token ranks last, but stays in front
         kept = torch.cat([a.gather(1, staying), b], 1)
         if num_protected == 2:  # both special tokens stay in front
             kept = torch.cat([kept[:, :1], b[:, :1], kept[:, 1 : staying.shape[1]], b[:, 1:]], 1)
