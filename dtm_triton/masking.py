@@ -62,9 +62,9 @@ def block_masks(
     """BEiT's block-wise masks: rectangles until exactly `num_masked` patches are covered.
 
     A rectangle's area is uniform between `min_patches` and what is still missing, its aspect ratio (height / width)
-    log-uniform in `aspect`, its place uniform. Sides are whole patches: where rounding or the grid's edge would make
-    the rectangle smaller than `min_patches` it is made longer the other way, so the aspect ratio gives way first; a
-    grid of fewer patches is covered whole. The last rectangle is cut, row by row from its top or its bottom, to the
+    log-uniform in `aspect`, its place uniform. Sides are whole patches; where rounding or the grid's edge makes the
+    rectangle smaller than `min_patches`, its longer side grows, at the edge the other one: the aspect ratio gives way.
+    A grid of fewer patches is covered whole. The last rectangle is cut, row by row from its top or its bottom, to the
     exact count. After 64 rectangles (only reached when nearly everything is masked) single patches at random places
     fill the rest.
 
@@ -132,8 +132,11 @@ def _rectangles(
     low, high = math.log(aspect[0]), math.log(aspect[1])
     ratio = torch.exp(low + aspect_draw * (high - low))
     tall = (area * ratio).sqrt().round().clamp(1, height)
-    # the width that keeps the area, long enough for min_patches; then the height again if the width met the edge
-    wide = torch.maximum((area / tall).round(), (min_patches / tall).ceil()).clamp(1, width)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    # too small: the longer side grows, and where it meets the grid's edge the other one
+    longer = torch.maximum(tall, (min_patches / wide).ceil()).clamp(max=height)
+    tall = torch.where(tall >= wide, longer, tall)
+    wide = torch.maximum(wide, (min_patches / tall).ceil()).clamp(max=width)
     tall = torch.maximum(tall, (min_patches / wide).ceil()).clamp(max=height)
     return tall.long(), wide.long()
 

@@ -144,7 +144,10 @@ def _from_hub(model: str, kwargs: dict[str, Any]) -> Any:
 
 def _from_file(model: str, path: Path, kwargs: dict[str, Any]) -> Any:
     file = _weight_file(path)
-    state = load_state_dict(str(file), device="cpu", weights_only=True)
+    try:
+        state = load_state_dict(str(file), device="cpu", weights_only=True)
+    except Exception as error:  # torch's, pickle's and safetensors' own kinds
+        raise ValueError(f"weights {str(file)!r} cannot be read as tensors only: {error}") from error
     # the file decides whether there is a head, and how wide: then timm loads all of it strictly, and leaves out nothing
     if "visual.proj" in state:
         classes = state["visual.proj"].shape[1]
