@@ -24,7 +24,7 @@ class TokenGroups(NamedTuple):
     (3, 2)
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
     size: Tensor
 
     @property
@@ -132,12 +132,14 @@ def check_groups(groups: object, name: str, x: Tensor, *, groups_of_tokens: bool
         if tensor.dtype != torch.int32:
             raise TypeError(f"groups.{part} must be int32, got {tensor.dtype}")
         if tensor.ndim != 2 or tensor.shape[0] != index.shape[0]:
-            raise ValueError(f"groups.index and groups.size must be [B, N] and [B, G], got {[list(g.shape) for g in groups]}")
+            shapes = f"{list(index.shape)} and {list(size.shape)}"
+            raise ValueError(f"groups.index and groups.size must be [B, N] and [B, G], got {shapes}")
         if tensor.device != x.device:
             raise ValueError(f"groups.{part} is on {tensor.device} but {name} is on {x.device}")
     kind, count = ("tokens", index.shape[1]) if groups_of_tokens else ("groups", size.shape[1])
     if x.shape[:2] != (index.shape[0], count):
-        raise ValueError(f"groups of {index.shape[0]} x {count} {kind} do not belong to {name} of shape {list(x.shape)}")
+        held = f"{index.shape[0]} x {count} {kind}"
+        raise ValueError(f"groups of {held} do not belong to {name} of shape {list(x.shape)}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= size.shape[1]:

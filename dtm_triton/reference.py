@@ -129,10 +129,15 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
     >>> merge(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]]), "mean").tolist()
     [[[2.0], [5.0]]]
     """
-    reduce = {"mean": "mean", "sum": "sum", "amax": "amax"}[mode]
+    if mode == "amax":  # not scatter_reduce: its gradient counts its own initial 0 among the tokens that tie
+        member = index[:, None, :] == torch.arange(size.shape[1], device=x.device)[:, None]
+        if x.shape[1] == 0:
+            return x.new_zeros(x.shape[0], size.shape[1], x.shape[2])
+        return torch.where(member[:, :, :, None], x[:, None], -torch.inf).amax(2)
     where = index.long()[:, :, None].expand_as(x)
     out = _at_least_float32(x).new_zeros(x.shape[0], size.shape[1], x.shape[2])
-    return out.scatter_reduce(1, where, _at_least_float32(x), reduce, include_self=False).to(x.dtype)
+    out = out.scatter_add(1, where, _at_least_float32(x))
+    return (out / size[:, :, None] if mode == "mean" else out).to(x.dtype)
 
 
 def unmerge(merged: Tensor, index: Tensor) -> Tensor:
@@ -168,7 +173,8 @@ def loss(
     outputs, targets = _at_least_float32(outputs), _at_least_float32(targets)
     total = outputs.new_zeros(())
     for groups, sizes in zip(index, size, strict=True):
-        total = total + _token_loss(morph(outputs, groups, sizes), morph(targets, groups, sizes), kind, beta, normalize_target)
+        output, target = morph(outputs, groups, sizes), morph(targets, groups, sizes)
+        total = total + _token_loss(output, target, kind, beta, normalize_target)
     return total / max(len(index), 1)
 
 

@@ -57,7 +57,12 @@ def make_features(kind: str, batch: int, tokens: int, channels: int, seed: int, 
 def matching_cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_tokens: int = 40) -> Case:
     batch, tokens, channels = draw(st.integers(1, 3)), draw(st.integers(1, max_tokens)), draw(st.integers(1, 40))
     features = make_features(
-        draw(st.sampled_from(kinds)), batch, tokens, channels, draw(st.integers(0, 2**16)), draw(st.sampled_from(DTYPES))
+        draw(st.sampled_from(kinds)),
+        batch,
+        tokens,
+        channels,
+        draw(st.integers(0, 2**16)),
+        draw(st.sampled_from(DTYPES)),
     )
     removed = draw(st.lists(st.integers(0, max(2, tokens // 2)), min_size=0, max_size=4))
     options = dict(
