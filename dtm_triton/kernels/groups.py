@@ -1,0 +1,133 @@
+"""The launchers of the kernels over groups: sort tokens by group, merge, unmerge, morph."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from dtm_triton.kernels import settings
+from dtm_triton.kernels.group_kernels import members_kernel, merge_kernel, morph_kernel, unmerge_kernel
+
+EXTENT_BLOCK = 256
+"""Sizes that a program adds at a time to find where its groups start."""
+
+
+def group_members(index: Tensor, num_groups: int) -> Tensor:
+    """The tokens sorted by group, ascending within a group: index int32 [B, N] -> members int32 [B, N]."""
+    batch, num_tokens = index.shape
+    if num_tokens > settings.MAX_COUNTED_TOKENS:
+        return index.sort(dim=1, stable=True).indices.int()
+    members = torch.empty((batch, num_tokens), dtype=torch.int32, device=index.device)
+    if members.numel() == 0:
+        return members
+    if index.stride(1) != 1:
+        index = index.contiguous()
+    tiles = settings.count_settings()
+    with torch.cuda.device_of(index):
+        members_kernel[(batch, triton.cdiv(num_tokens, tiles.rows))](
+            index=index,
+            members=members,
+            num_tokens=num_tokens,
+            stride_b=index.stride(0),
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )
+    return members
+
+
+def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
+    """The mean, sum or maximum of every group: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, G, D].
+
+    Computed in float32, returned in x's dtype; 0 for an empty group.
+    """
+    batch, num_tokens, num_channels = x.shape
+    num_groups = size.shape[1]
+    merged = x.new_empty((batch, num_groups, num_channels))
+    if merged.numel() == 0:
+        return merged
+    tiles = settings.group_settings(num_tokens, num_groups, num_channels)
+    grid = (batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
+    with torch.cuda.device_of(x):
+        merge_kernel[grid](
+            x=x,
+            members=members.contiguous(),
+            size=size.contiguous(),
+            merged=merged,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            num_channels=num_channels,
+            stride_b=x.stride(0),
+            stride_n=x.stride(1),
+            stride_c=x.stride(2),
+            MODE=mode,
+            BLOCK=EXTENT_BLOCK,
+            GROUPS=tiles.groups,
+            MEMBERS=tiles.members,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )
+    return merged
+
+
+def unmerge(merged: Tensor, index: Tensor) -> Tensor:
+    """Give every token what its group holds: merged [B, G, D], index int32 [B, N] -> [B, N, D]."""
+    batch, num_groups, num_channels = merged.shape
+    num_tokens = index.shape[1]
+    out = merged.new_empty((batch, num_tokens, num_channels))
+    if out.numel() == 0:
+        return out
+    index = index.contiguous()
+    tiles = settings.gather_settings(num_channels)
+    grid = (batch, triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(num_channels, tiles.channels))
+    with torch.cuda.device_of(merged):
+        unmerge_kernel[grid](
+            merged=merged,
+            index=index,
+            out=out,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            num_channels=num_channels,
+            stride_b=merged.stride(0),
+            stride_g=merged.stride(1),
+            stride_c=merged.stride(2),
+            TOKENS=tiles.tokens,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def morph(x: Tensor, members: Tensor, size: Tensor) -> Tensor:
+    """Replace every token by the mean of its group: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, N, D]."""
+    batch, num_tokens, num_channels = x.shape
+    num_groups = size.shape[1]
+    out = x.new_empty((batch, num_tokens, num_channels))
+    if out.numel() == 0:
+        return out
+    tiles = settings.group_settings(num_tokens, num_groups, num_channels)
+    grid = (batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
+    with torch.cuda.device_of(x):
+        morph_kernel[grid](
+            x=x,
+            members=members.contiguous(),
+            size=size.contiguous(),
+            out=out,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            num_channels=num_channels,
+            stride_b=x.stride(0),
+            stride_n=x.stride(1),
+            stride_c=x.stride(2),
+            BLOCK=EXTENT_BLOCK,
+            GROUPS=tiles.groups,
+            MEMBERS=tiles.members,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )
+    return out

@@ -1,0 +1,78 @@
+"""The loss where a group's channels count together: cosine similarity, or targets standardised over channels.
+
+As `loss_kernels`, but a program takes whole rows: CHANNELS is C rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dtm_triton.kernels.group_steps import group_extent
+from dtm_triton.kernels.loss_kernels import group_means, pointwise_loss
+
+COSINE_EPS = tl.constexpr(1e-8)  # the least norm, as in torch.nn.functional.cosine_similarity
+VARIANCE_EPS = tl.constexpr(1e-6)
+
+
+@triton.jit
+def row_loss_kernel(
+    outputs,  # [B, N, C]
+    targets,  # [B, N, C]
+    members,  # int32 [L, B, N]
+    size,  # int32 [L, B, G]
+    slopes,  # [L, B, G, C]
+    partial,  # float32 [programs]
+    batch,
+    num_tokens,
+    num_groups,
+    num_channels,
+    beta,
+    output_stride_b,
+    output_stride_n,
+    output_stride_c,
+    target_stride_b,
+    target_stride_n,
+    target_stride_c,
+    KIND: tl.constexpr,
+    STANDARDIZE: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    task = tl.program_id(0).to(tl.int64)  # schedule * B + image
+    image = task % batch
+    first = tl.program_id(1) * GROUPS
+    group = first + tl.arange(0, GROUPS)
+    start, count = group_extent(size + task * num_groups, first, num_groups, GROUPS, BLOCK)
+    channel = tl.arange(0, CHANNELS)
+    output, target = group_means(
+        outputs + image * output_stride_b, targets + image * target_stride_b, members + task * num_tokens,
+        start, count, channel, num_tokens, num_channels,
+        output_stride_n, output_stride_c, target_stride_n, target_stride_c, GROUPS, MEMBERS, CHANNELS,
+    )
+
+    inside = (count > 0)[:, None] & (channel < num_channels)[None, :]
+    if STANDARDIZE:
+        target = tl.where(inside, target - (tl.sum(target, 1) / num_channels)[:, None], 0.0)
+        variance = tl.sum(target * target, 1) / tl.maximum(num_channels - 1, 1)
+        target = target / tl.sqrt(variance + VARIANCE_EPS)[:, None]
+    if KIND == "cosine":
+        output_norm = tl.sqrt(tl.sum(output * output, 1))
+        target_norm = tl.sqrt(tl.sum(target * target, 1))
+        inverse = 1.0 / (tl.maximum(output_norm, COSINE_EPS) * tl.maximum(target_norm, COSINE_EPS))
+        cosine = tl.sum(output * target, 1) * inverse
+        # The norm of an output below the least norm counts as a constant.
+        shrink = tl.where(output_norm > COSINE_EPS, cosine / tl.maximum(output_norm * output_norm, 1e-16), 0.0)
+        slope = shrink[:, None] * output - inverse[:, None] * target
+        value = 1.0 - cosine
+    else:
+        values, slope = pointwise_loss(output - target, beta, KIND)
+        value = tl.sum(tl.where(inside, values, 0.0), 1)
+    if SAVE:
+        place = (task * num_groups + group)[:, None] * num_channels + channel[None, :]
+        tl.store(slopes + place, slope.to(slopes.dtype.element_ty), mask=inside)
+    total = tl.sum(tl.where(count > 0, value * count.to(tl.float32), 0.0), 0)
+    tl.store(partial + task * tl.num_programs(1) + tl.program_id(1), total)
