@@ -106,8 +106,8 @@ class MaskedStudent(nn.Module):
         }
         try:
             backbone: Any = timm.create_model(model, drop_path_rate=drop_path, **self.create_kwargs)
-        except AssertionError as refusal:
-            raise ValueError(f"timm cannot build model {model!r} without pooling: {refusal}") from refusal
+        except (AssertionError, TypeError) as refusal:
+            raise ValueError(f"timm cannot build model {model!r} as a student: {refusal}") from refusal
         _check_backbone(model, backbone)
         width = backbone.embed_dim
         backbone.patch_embed = MaskedPatchEmbed(backbone.patch_embed, width)
