@@ -24,17 +24,34 @@ def match(
     index = features.new_zeros((len(removed), batch, tokens), dtype=torch.int32)
     chunk = max(1, GRAM_BYTES // (4 * max(tokens, 1) ** 2))
     for first in range(0, batch, chunk):
-        x = _at_least_float32(features[first : first + chunk])
-        with torch.autocast(x.device.type, enabled=False):  # a half-precision Gram matrix would change decisions
-            gram = x @ x.transpose(1, 2)
-        for schedule, counts in enumerate(removed.tolist()):
-            last = schedule == len(removed) - 1
-            matching = _Matching(gram if last else gram.clone(), (seed, schedule), first, num_protected)
-            for iteration, count in enumerate(counts):
-                matching.step(iteration, count, random_split, keep_order)
-            index[schedule, first : first + chunk] = matching.groups()
+        images = slice(first, first + chunk)
+        _match_images(
+            index[:, images], features[images], first, removed.tolist(), seed, num_protected, random_split, keep_order
+        )
     size = torch.zeros_like(index).scatter_add_(-1, index.long(), torch.ones_like(index))
     return index, size, index.sort(dim=-1, stable=True).indices.int()
+
+
+def _match_images(
+    index: Tensor,
+    features: Tensor,
+    first_image: int,
+    removed: list[list[int]],
+    seed: int,
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+) -> None:
+    """Fill index [L, b, N] for the images first_image .. first_image + b - 1."""
+    x = _at_least_float32(features)
+    with torch.autocast(x.device.type, enabled=False):  # a half-precision Gram matrix would change decisions
+        gram = x @ x.transpose(1, 2)
+    for schedule, counts in enumerate(removed):
+        last = schedule == len(removed) - 1
+        matching = _Matching(gram if last else gram.clone(), (seed, schedule), first_image, num_protected)
+        for iteration, count in enumerate(counts):
+            matching.step(iteration, count, random_split, keep_order)
+        index[schedule] = matching.groups()
 
 
 class _Matching:

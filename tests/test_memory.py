@@ -1,0 +1,34 @@
+"""What the portable implementation allocates: a small multiple of the Gram matrices, never a copy per iteration."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dtm_triton import morph
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts CPU allocations")
+
+
+def peak_bytes(features: torch.Tensor, removed: list[int]) -> int:
+    """Peak of the memory PyTorch holds above what it held before the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        morph.match_tokens(features, removed, backend="portable")
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def test_matching_stays_far_below_100_mb() -> None:
+    features = torch.randn(16, 196, 512)
+    gram = 4 * 16 * 196**2
+    assert gram <= peak_bytes(features, [14] * 14) < 3 * gram
+
+
+def test_a_large_batch_is_taken_in_chunks() -> None:
+    """Twice the images need twice the groups, but no more Gram matrices than one chunk."""
+    small, large = (peak_bytes(torch.randn(batch, 196, 8), [14]) for batch in (600, 1200))
+    assert large - small < 0.1 * small
