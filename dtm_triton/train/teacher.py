@@ -135,6 +135,8 @@ def build_teacher(
 def _from_hub(model: str, kwargs: dict[str, Any]) -> Any:
     try:
         return timm.create_model(model, pretrained=True, **kwargs)
+    except TypeError:  # an argument the model does not have
+        raise
     except Exception as error:  # the hub client's errors share no base class
         raise RuntimeError(
             f"no weights for model {model!r}: not in the hub cache and not to be had from the network ({error}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 
 import pytest
 import safetensors.torch
@@ -193,17 +194,23 @@ class Harmful:
 
 def test_weight_files_cannot_run_code(tmp_path):
     torch.save({**plain().state_dict(), "x": Harmful()}, tmp_path / "harmful.pth")
-    (tmp_path / "harmful.bin").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "harmful.bin").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("harmful.pth", "harmful.bin"):
         with pytest.raises(ValueError, match="cannot be read as tensors only"):
             build_teacher(CLIP, weights=tmp_path / name, model_kwargs=SMALL)
 
 
 def test_no_weights_and_no_network(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    def unreachable(*_, **__):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match=rf"no weights for model '{CLIP}'.*give weights="):
         build_teacher(CLIP, model_kwargs={"cache_dir": str(tmp_path)})
+    with pytest.raises(TypeError, match="bogus"):
+        build_teacher(CLIP, model_kwargs={"cache_dir": str(tmp_path), "bogus": 1})
 
 
 @pytest.mark.parametrize(
