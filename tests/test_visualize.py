@@ -48,16 +48,17 @@ def lines(axis) -> list[list[list[float]]]:
 
 
 def test_groups_are_filled_with_their_mean_colour(tmp_path, figures):
-    steps = [groups_of([0, 1, 2, 3]), groups_of([0, 1, 0, 1]), groups_of([0, 0, 0, 0])]
+    steps = [groups_of([0, 1, 2, 3]), groups_of([0, 1, 0, 1]), groups_of([0, 0, 1, 1]), groups_of([0, 0, 0, 0])]
     path = draw_groups(two_colours(), steps, (2, 2), tmp_path / "new" / "groups.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 1000
-    image, single, halves, whole = figures[0].axes
+    image, single, halves, stacked, whole = figures[0].axes
     assert np.array_equal(picture(image), two_colours()[0].permute(1, 2, 0))
     assert np.array_equal(picture(halves), two_colours()[0].permute(1, 2, 0))
     assert np.allclose(picture(whole), [0.5, 0, 0.5])
-    assert [text.get_text() for text in figures[0].texts] == ["image", "4 groups", "2 groups", "1 group"]
+    assert [text.get_text() for text in figures[0].texts] == ["image", "4 groups", "2 groups", "2 groups", "1 group"]
     assert lines(image) == [] and lines(whole) == []
     assert lines(halves) == [[[4, 0], [4, 4]], [[4, 4], [4, 8]]]
+    assert lines(stacked) == [[[0, 4], [4, 4]], [[4, 4], [8, 4]]]
     assert len(lines(single)) == 4
 
 
@@ -72,9 +73,9 @@ def test_each_row_shows_its_own_image_and_groups(tmp_path, figures):
         label = groups.index[row].view(2, 3).repeat_interleave(2, 0).repeat_interleave(4, 1)
         for group in (0, 1):
             assert torch.allclose(shown[:, label == group], images[row][:, label == group].mean(1, keepdim=True))
-    # the saved picture keeps the images' proportions: two rows of 1 : 3
-    box = axes[0].get_window_extent()
-    assert abs(box.width / box.height - 3) < 0.01
+    # the room for an image has its proportions, 3 : 1
+    box, (width, height) = axes[0].get_position(original=True), figures[0].get_size_inches()
+    assert abs(box.width * width / (box.height * height) - 3) < 0.01
 
 
 def test_borders_are_amber_on_grey_images(tmp_path, figures):

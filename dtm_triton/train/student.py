@@ -198,7 +198,7 @@ class MaskedStudent(nn.Module):
         """Start from public weights under timm's or BEiT's names, strictly: every other name and shape must fit.
 
         Classifiers and pre-training heads are left out; a mask token is taken when there is one. Models pooled by mean
-        keep their final norm under `fc_norm`; it is taken as the final norm. RuntimeError names what does not fit.
+        keep their final norm under `fc_norm`; it is taken as the final norm. Raises ValueError naming what does not fit.
         """
         renamed: dict[str, Tensor] = {}
         for name, value in state.items():
@@ -207,7 +207,10 @@ class MaskedStudent(nn.Module):
             name = re.sub(r"^fc_norm\.", "norm.", name)
             renamed[re.sub(r"^patch_embed\.", "patch_embed.embed.", name)] = value
         renamed["patch_embed.mask_token"] = state.get("mask_token", self.backbone.patch_embed.mask_token).flatten()
-        self.backbone.load_state_dict(renamed, strict=True)
+        try:
+            self.backbone.load_state_dict(renamed, strict=True)
+        except RuntimeError as misfit:
+            raise ValueError(f"state does not fit student {self.model_name!r}: {misfit}") from misfit
 
 
 def _check_model(model: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
