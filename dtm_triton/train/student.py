@@ -198,7 +198,9 @@ class MaskedStudent(nn.Module):
         """Start from public weights under timm's or BEiT's names, strictly: every other name and shape must fit.
 
         Classifiers and pre-training heads are left out; a mask token is taken when there is one. Models pooled by mean
-        keep their final norm under `fc_norm`; it is taken as the final norm. Raises ValueError naming what does not fit.
+        keep their final norm under `fc_norm`; it is taken as the final norm.
+
+        Raises ValueError naming what does not fit.
         """
         renamed: dict[str, Tensor] = {}
         for name, value in state.items():
