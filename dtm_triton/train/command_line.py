@@ -1,0 +1,57 @@
+"""How a command line chooses a recipe and overrides its fields, and how a command ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dtm_triton.train.checkpoint import FolderError
+from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from dtm_triton.train.distributed import Processes, join_processes
+from dtm_triton.train.stop import Stopped
+
+Config = TypeVar("Config", PretrainConfig, FinetuneConfig, ProbeConfig)
+
+
+def parse(recipes: dict[str, Callable[[], Config]], default: str, program: str, argv: Sequence[str] | None) -> Config:
+    """The configuration that a command line asks for: `--recipe NAME` chooses one, other options override fields.
+
+    Raises SystemExit after `--help` or a mistake, as argparse does.
+    """
+    import tyro
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = default
+    for place, word in enumerate(words):
+        if word == "--recipe" or word.startswith("--recipe="):
+            name = word.partition("=")[2] or (words[place + 1] if place + 1 < len(words) else "")
+            del words[place : place + (1 if "=" in word else 2)]
+            break
+    names = ", ".join(recipes)
+    if name not in recipes:
+        sys.exit(f"{program}: --recipe must be one of {names}; got {name!r}")
+    recipe = recipes[name]()
+    text = f"--recipe NAME chooses one of: {names}. This is {name!r}; every field of it can be overridden.\n\n"
+    try:
+        return tyro.cli(type(recipe), prog=program, default=recipe, args=words, description=text)
+    except ValueError as error:  # from a __post_init__
+        sys.exit(f"{program}: {error}")
+
+
+def run_command(program: str, work: Callable[[Processes], object], device: str) -> None:
+    """Do the work of a command, in one process or in those of torchrun.
+
+    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback, a folder that cannot be used or a
+    loss that is not finite with 1 and one line.
+    """
+    # outside the loop, which saves first, a SIGTERM too should run what is in `finally`
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with join_processes(device) as processes:
+            work(processes)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
+    except (FolderError, FloatingPointError) as error:
+        sys.exit(f"{program}: {error}")

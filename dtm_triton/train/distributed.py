@@ -1,0 +1,85 @@
+"""One process or several: who this one is, and the few things processes do together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among those of a run, and its device."""
+
+    rank: int = 0
+    """Number of this process."""
+    count: int = 1
+    """Number of processes."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this process computes."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` over the processes; all must call it."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+            values /= self.count
+        return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the processes' order, on the CPU; their number may differ."""
+        if self.count == 1:
+            return rows
+        parts: list[Tensor] = [rows] * self.count
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_processes(device: str = "auto") -> Iterator[Processes]:
+    """Join the processes that torchrun started, gloo on CPUs and nccl on GPUs; without torchrun be the only one.
+
+    Raises ValueError when a GPU is asked for and there is none.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if count == 1:
+        yield Processes(device=place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))  # one process may train a demo's teacher meanwhile
+    try:
+        yield Processes(rank=rank, count=count, device=place)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for. Raises ValueError when a GPU is asked for and there is none.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that PyTorch finds here, got {device!r} without a GPU")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,81 @@
+"""Pre-train a Vision Transformer: `dtm-pretrain --recipe NAME`, `torchrun train/pretrain.py --recipe NAME`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script: import the package from this checkout, and nothing from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from dtm_triton.train import recipes
+from dtm_triton.train.build import build_draws, build_student, build_targets
+from dtm_triton.train.command_line import parse, run_command
+from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.distributed import Processes
+from dtm_triton.train.draws import fold
+from dtm_triton.train.export import export_student
+from dtm_triton.train.logbook import Metrics
+from dtm_triton.train.loop import Trainer
+from dtm_triton.train.objectives import Pretraining
+from dtm_triton.train.pictures import draw_run
+from dtm_triton.train.run_folder import read_finished, write_finished
+
+
+def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-training") -> Metrics:
+    """Pre-train as configured, or go on where the folder's run stopped; returns the metrics of the last evaluation.
+
+    Writes into `config.run.folder`: config.json, checkpoints/, metrics.jsonl, tensorboard/, and at the end student/
+    (plain timm weights), curves.png, groups.png, masks.png and finished.json. A finished run returns at once.
+    Raises as `Trainer` does.
+    """
+    folder, resolved = config.run.folder, to_json(config)
+    done = read_finished(folder, resolved)
+    if done is not None:
+        return done
+    teacher = build_targets(config, processes)
+    torch.manual_seed(fold(config.run.seed, "weights"))
+    student = build_student(config.student, config.data, teacher.out_features)
+    objective = Pretraining(student, teacher, config.data, config.loss)
+    trainer = Trainer(
+        objective,
+        data=config.data,
+        optimizer=config.optimizer,
+        run=config.run,
+        processes=processes,
+        draws=build_draws(config.mask, student.grid),
+        resolved=resolved,
+        title=title,
+    )
+    metrics = trainer.fit()
+    if processes.first:
+        notes = {"recipe": config.run.folder.name, **metrics}
+        export_student(student, folder / "student", notes, mean=config.data.mean, std=config.data.std)
+        draw_run(config, objective, trainer.batches[0], processes.device)
+        write_finished(folder, resolved, metrics)
+    processes.wait()
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    config = parse(recipes.PRETRAIN, "demo", "dtm-pretrain", argv)
+    run_command("dtm-pretrain", partial(_report, config), config.run.device)
+
+
+def _report(config: PretrainConfig, processes: Processes) -> None:
+    metrics = pretrain(config, processes)
+    if processes.first:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(
+            f"finished: {shown or 'nothing held out to evaluate'}\nin {config.run.folder}: student/ (timm weights), "
+            "curves.png, groups.png, masks.png, metrics.jsonl, tensorboard/, checkpoints/, config.json"
+        )
+
+
+if __name__ == "__main__":
+    main()
