@@ -64,7 +64,6 @@ def export_student(
     settings.update({key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None})
     arguments = student.create_kwargs
     settings["input_size"] = [arguments["in_chans"], *arguments["img_size"]]
-    settings["num_classes"] = 0
     config = {
         "architecture": student.model_name.split(".")[0],
         "num_classes": 0,

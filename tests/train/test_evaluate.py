@@ -48,6 +48,9 @@ def test_knn_weighs_votes_by_similarity():
 def test_knn_zero_rows_extreme_temperature_and_unseen_labels():
     x, y = torch.eye(3), torch.tensor([7, 8, 9])
     assert knn_accuracy(x, y, x, y, k=3, temperature=1e-6) == 1.0
+    # both votes would overflow, and the lower label win the tie
+    near = torch.tensor([[1.0, 0.5], [1.0, 0.0]]), torch.tensor([0, 1])
+    assert knn_accuracy(*near, torch.tensor([[1.0, 0.0]]), torch.tensor([1]), k=2, temperature=1e-3) == 1.0
     assert knn_accuracy(x, y, torch.zeros(1, 3), torch.tensor([7]), k=3) == 1.0
     assert knn_accuracy(x, y, x, torch.tensor([0, 8, 0]), k=1) == pytest.approx(1 / 3)
 
@@ -67,6 +70,10 @@ def test_linear_probe_standardises_with_the_training_rows():
     scale, shift = torch.tensor([1e-4, 1.0, 1e3, 1.0, 1.0, 10.0]), 5.0
     moved = linear_probe_accuracy(train_x * scale + shift * scale, train_y, test_x * scale + shift * scale, test_y)
     assert moved == pytest.approx(accuracy, abs=0.01)
+    # a faint signal beside a loud noise: without standardisation the penalty silences the signal
+    noise = torch.randn(600, 1, generator=torch.Generator().manual_seed(2)) * 1e3
+    faint = torch.cat([train_x * 1e-3, noise[:400]], 1), torch.cat([test_x * 1e-3, noise[400:]], 1)
+    assert linear_probe_accuracy(faint[0], train_y, faint[1], test_y) > 0.8
     half = test_x[test_y < 5], test_y[test_y < 5]
     ours = linear_probe_accuracy(train_x, train_y, *half)
     rest = linear_probe_accuracy(train_x, train_y, test_x[test_y >= 5], test_y[test_y >= 5])
