@@ -21,7 +21,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     if importlib.import_module("dtm_triton.kernels.match").INTERPRETED:
         return None
     if device.type == "cpu":
-        return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the kernels are imported"
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the kernels are imported"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

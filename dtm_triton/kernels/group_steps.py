@@ -21,7 +21,7 @@ def list_members(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Place the tokens first .. first + ROWS by counting those that come before; also count the groups of those numbers."""
+    """Place the tokens first .. first + ROWS by counting those before them; count the groups of those numbers, too."""
     i = first + tl.arange(0, ROWS)
     mine = tl.load(index + i, mask=i < num_tokens, other=0)
     before = tl.zeros((ROWS, COLUMNS), tl.int32)
@@ -64,7 +64,8 @@ def member_tokens(members, start, count, first, num_tokens, MEMBERS: tl.constexp
 def load_tokens(x, token, valid, channel, num_channels, stride_n, stride_c):
     """Rows of x as float32 [GROUPS, MEMBERS, CHANNELS], zero where there is nothing."""
     place = token.to(tl.int64)[:, :, None] * stride_n + (channel.to(tl.int64) * stride_c)[None, None, :]
-    return tl.load(x + place, mask=valid[:, :, None] & (channel < num_channels)[None, None, :], other=0.0).to(tl.float32)
+    inside = valid[:, :, None] & (channel < num_channels)[None, None, :]
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

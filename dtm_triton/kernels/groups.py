@@ -103,7 +103,7 @@ def unmerge(merged: Tensor, index: Tensor) -> Tensor:
 
 
 def morph(x: Tensor, members: Tensor, size: Tensor) -> Tensor:
-    """Replace every token by the mean of its group: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, N, D]."""
+    """Give every token its group's mean: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, N, D]."""
     batch, num_tokens, num_channels = x.shape
     num_groups = size.shape[1]
     out = x.new_empty((batch, num_tokens, num_channels))

@@ -25,9 +25,9 @@ def loss_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss between morphed outputs and morphed targets, and its derivative by each group's mean output.
 
-    outputs and targets [B, N, C], any strides, each of its own dtype; members int32 [L, B, N]; size int32 [L, B, G], where
-    zeros may pad G. Returns the mean over schedules, tokens and (cosine apart) channels, float32 [], and the unscaled
-    slopes [L, B, G, C] in outputs' dtype, unspecified for empty groups, or an empty tensor when not `save`.
+    outputs and targets [B, N, C], any strides, each of its own dtype; members int32 [L, B, N]; size int32 [L, B, G],
+    where zeros may pad G. Returns the mean over schedules, tokens and (cosine apart) channels, float32 [], and the
+    unscaled slopes [L, B, G, C] in outputs' dtype, unspecified for empty groups, or an empty tensor when not `save`.
     Source: DTM, equations 4 and 5.
     """
     batch, num_tokens, num_channels = outputs.shape

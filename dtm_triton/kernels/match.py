@@ -27,8 +27,8 @@ def match(
     """Group tokens by iterated bipartite matching, once for every schedule, in one launch. Source: DTM, Algorithm 1.
 
     features [B, N, C], N <= 256, float32, float16 or bfloat16, any strides; removed int32 [L, K]; seed int64 [1].
-    Returns index, size (padded with zeros) and members (tokens sorted by group), int32 [L, B, N], and for merge_rows > 0
-    (the number of groups, which the caller knows; L = 1) the mean feature of every group [B, merge_rows, C].
+    Returns index, size (padded with zeros) and members (tokens sorted by group), int32 [L, B, N], and with
+    merge_rows > 0 (the number of groups, which the caller knows; L = 1) every group's mean [B, merge_rows, C].
     """
     batch, num_tokens, num_channels = features.shape
     num_schedules, num_iterations = removed.shape
@@ -89,10 +89,11 @@ def match(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             enable_fp_fusion=True,
+            **({} if torch.version.hip else {"maxnreg": tiles.max_registers}),
         )
     return index, size, members, merged
 
 
 def gram_precision(dtype: torch.dtype) -> str:
-    """How exactly tensor cores multiply float32: plain TF32 would change groups, and HIP knows no three-pass product."""
+    """How float32 is multiplied: plain TF32 would change groups, and HIP knows no three-pass product."""
     return "tf32x3" if dtype == torch.float32 and torch.version.hip is None and not INTERPRETED else "ieee"

@@ -98,7 +98,8 @@ def match_kernel(
                 nb = n // 2
                 if RANDOM_SPLIT:
                     state = split_state(seed, schedule, image, iteration)
-                    shuffle(orders + current, orders + SLOTS - current, state, n, na, NUM_PROTECTED, SLOTS, RANK_COLUMNS)
+                    shuffle(orders + current, orders + SLOTS - current, state, n, na,
+                            NUM_PROTECTED, SLOTS, RANK_COLUMNS)
                     current = SLOTS - current
                     tl.debug_barrier()
                 find_partners(gram, inverse_norm, orders + current, key, partner, na, nb, gram_stride,

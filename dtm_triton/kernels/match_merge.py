@@ -14,7 +14,7 @@ from dtm_triton.kernels.match_steps import FAR, inverse_root
 
 @triton.jit
 def link_sources(destination, successor, length, r, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr):
-    """successor[q]: the next source with q's destination, or -1; length[q]: of the list q heads, 0 where q heads none."""
+    """successor[q]: the next source with q's destination, or -1. length[q]: of the list that q heads, else 0."""
     for first in range(0, r, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         mine = tl.load(destination + q, mask=q < r, other=-2)
@@ -59,17 +59,18 @@ def add_rows(
         for first_column in range(0, num_tokens, BLOCK_N):
             column = first_column + tl.arange(0, BLOCK_N)
             inside = owns[:, None] & (column < num_tokens)[None, :]
-            total = tl.load(gram + (target * stride)[:, None] + column[None, :], mask=inside, other=0.0)
+            total = tl.load(gram + ((target * stride)[:, None] + column[None, :]), mask=inside, other=0.0)
             link = tl.where(owns, q, -1)
             for _ in range(longest):
                 linked = link >= 0
                 row = tl.load(source + link, mask=linked, other=0)
-                total += tl.load(gram + (row * stride)[:, None] + column[None, :], mask=inside & linked[:, None], other=0.0)
+                place = (row * stride)[:, None] + column[None, :]
+                total += tl.load(gram + place, mask=inside & linked[:, None], other=0.0)
                 link = tl.load(successor + link, mask=linked, other=-1)
-            tl.store(gram + (target * stride)[:, None] + column[None, :], total, mask=inside)
+            tl.store(gram + ((target * stride)[:, None] + column[None, :]), total, mask=inside)
             # Rows of sources are still being read and rows of destinations written by their owners.
             still = tl.load(touched + column, mask=column < num_tokens, other=0) != stamp
-            tl.store(gram + (column * stride)[None, :] + target[:, None], total, mask=inside & still[None, :])
+            tl.store(gram + ((column * stride)[None, :] + target[:, None]), total, mask=inside & still[None, :])
 
 
 @triton.jit
@@ -95,13 +96,13 @@ def add_columns(
             count = tl.load(length + e, mask=e < r, other=0)
             meets = owns[:, None] & (count > 0)[None, :]
             target = tl.load(destination + e, mask=count > 0, other=0)
-            total = tl.load(gram + row[:, None] + target[None, :], mask=meets, other=0.0)
+            total = tl.load(gram + (row[:, None] + target[None, :]), mask=meets, other=0.0)
             link = tl.where(count > 0, e, -1)
             for _ in range(tl.max(count, 0)):
                 linked = link >= 0
                 column = tl.load(source + link, mask=linked, other=0)
-                total += tl.load(gram + row[:, None] + column[None, :], mask=meets & linked[None, :], other=0.0)
+                total += tl.load(gram + (row[:, None] + column[None, :]), mask=meets & linked[None, :], other=0.0)
                 link = tl.load(successor + link, mask=linked, other=-1)
-            tl.store(gram + row[:, None] + target[None, :], total, mask=meets)
+            tl.store(gram + (row[:, None] + target[None, :]), total, mask=meets)
             diagonal = meets & (q[:, None] == e[None, :])
             tl.store(inverse_norm + target[None, :] + 0 * row[:, None], inverse_root(total), mask=diagonal)

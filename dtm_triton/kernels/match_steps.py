@@ -86,7 +86,7 @@ def find_partners(
     for first in range(0, na, BLOCK_A):
         i = first + tl.arange(0, BLOCK_A)
         a = tl.load(order + 2 * i, mask=i < na, other=0)
-        row = gram + a * stride
+        row = a * stride
         # Columns that are not a number never beat this start, so they count as LOWEST.
         best = tl.zeros((BLOCK_A, BLOCK_B), tl.float32) + tl.where(open_lane, LOWEST, float("-inf"))[None, :]
         start = tl.zeros((BLOCK_A, BLOCK_B), tl.int32)
@@ -96,7 +96,7 @@ def find_partners(
             b = tl.max_contiguous(tl.load(order + 2 * j + 1, mask=j < nb, other=0), 2)
             scale = tl.load(inverse_norm + b, mask=j < nb, other=0.0)
             shut = tl.where((j < nb) & (j >= NUM_PROTECTED - 1), 0.0, float("-inf"))
-            value = tl.load(row[:, None] + b[None, :]) * scale[None, :] + shut[None, :]
+            value = tl.load(gram + (row[:, None] + b[None, :])) * scale[None, :] + shut[None, :]
             better = value > best
             best = tl.where(better, value, best)
             start = tl.where(better, first_b, start)
@@ -157,12 +157,14 @@ def select(
     if KEEP_ORDER:
         gone = merging.to(tl.int32)
         place = i - (tl.cumsum(gone, 0) - gone)
+    elif NUM_PROTECTED > 0:  # a_0 ranks last, but stays in front
+        place = tl.where(i == 0, 0, rank - r + 1)
     else:
         place = rank - r
     b = tl.load(order + 2 * i + 1, mask=i < nb, other=0)
     place_b = na - r + i
     if NUM_PROTECTED == 2:  # a_0, b_0, the other a's, the other b's
-        place = tl.where(i == 0, 0, place + (1 if KEEP_ORDER else 2))
+        place = tl.where(i == 0, 0, place + 1)
         place_b = tl.where(i == 0, 1, place_b)
     tl.store(new_order + place, a, mask=staying)
     tl.store(new_order + place_b, b, mask=i < nb)

@@ -47,6 +47,8 @@ class MatchSettings:
     """Channels of a tile of group means."""
     max_programs: int = 256
     """Programs of a launch; each has a Gram matrix of its own, so that all of them stay in the second-level cache."""
+    max_registers: int = 168
+    """Per thread, for NVIDIA: without a bound ptxas spills to make room for a second program on each multiprocessor."""
     num_warps: int = 8
     num_stages: int = 2
 
@@ -77,7 +79,7 @@ class GatherSettings:
 class CountSettings:
     """Tiles of the kernel that sorts tokens by group."""
 
-    rows: int = 64
+    rows: int = 32
     columns: int = 32
     num_warps: int = 4
 
@@ -90,7 +92,7 @@ def match_settings(num_tokens: int, dtype: torch.dtype) -> MatchSettings:
     """
     assert num_tokens <= MAX_TOKENS, num_tokens
     slots = max(64, _next_power_of_two(num_tokens))
-    return MatchSettings(slots=slots, gram_rows=64, gram_channels=32 if dtype == torch.float32 else 64)
+    return MatchSettings(slots=slots, gram_rows=64, gram_channels=16 if dtype == torch.float32 else 64)
 
 
 def group_settings(num_tokens: int, num_groups: int, num_channels: int) -> GroupSettings:
@@ -107,7 +109,7 @@ def group_settings(num_tokens: int, num_groups: int, num_channels: int) -> Group
 
 def loss_settings(num_channels: int) -> GroupSettings:
     """Tiles of the loss where channels count one by one. How large groups are is not known: a middling shape."""
-    return GroupSettings(groups=8, members=4, channels=min(128, max(16, _next_power_of_two(num_channels))))
+    return GroupSettings(groups=8, members=2, channels=min(128, max(16, _next_power_of_two(num_channels))))
 
 
 def row_loss_settings(num_channels: int) -> GroupSettings:
@@ -120,7 +122,7 @@ def row_loss_settings(num_channels: int) -> GroupSettings:
     """
     channels = max(16, _next_power_of_two(num_channels))
     if channels <= 512:
-        return GroupSettings(groups=4, members=4 if channels <= 256 else 2, channels=channels)
+        return GroupSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
     return GroupSettings(groups=1, members=2, channels=channels, num_warps=min(32, max(4, channels // 512)))
 
 
