@@ -26,13 +26,18 @@ def choose_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on `device`, or None when they can.
 
     >>> triton_unavailable(torch.device("meta")) is None
     False
     """
+    return _reason(device)
+
+
+@functools.cache
+def _reason(device: torch.device) -> str | None:
     from dtm_triton.kernels import unavailable_reason
 
     return unavailable_reason(device)

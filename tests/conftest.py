@@ -14,4 +14,36 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The backend to ask for; "triton-small" is triton with tiles so small that tiny inputs cross their edges."""
+    if request.param == "triton-small":
+        use_small_tiles(monkeypatch)
+        return "triton"
     return request.param
+
+
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch every kernel with the smallest tiles it works with; tl.dot takes no less than 16."""
+    from dtm_triton.kernels import settings
+
+    def match_settings(num_tokens: int, dtype: torch.dtype) -> settings.MatchSettings:
+        return settings.MatchSettings(
+            slots=max(16, 1 << (num_tokens - 1).bit_length()),
+            gram_rows=16,
+            gram_channels=16,
+            match_rows=4,
+            match_columns=4,
+            rank_columns=4,
+            link_rows=2,
+            merge_rows=2,
+            merge_columns=8,
+            block_columns=4,
+            mean_groups=2,
+            mean_channels=8,
+            max_programs=2,
+        )
+
+    group = settings.GroupSettings(groups=2, members=2, channels=8)
+    monkeypatch.setattr(settings, "match_settings", match_settings)
+    monkeypatch.setattr(settings, "group_settings", lambda *_: group)
+    monkeypatch.setattr(settings, "loss_settings", lambda *_: group)
+    monkeypatch.setattr(settings, "gather_settings", lambda *_: settings.GatherSettings(tokens=4, channels=8))
+    monkeypatch.setattr(settings, "count_settings", lambda: settings.CountSettings(rows=4, columns=4))
