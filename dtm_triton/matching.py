@@ -72,7 +72,7 @@ def schedules_tensor(schedules: Sequence[MorphSchedule]) -> Tensor:
     >>> schedules_tensor([MorphSchedule((3, 2)), MorphSchedule((4,))]).tolist()
     [[3, 2], [4, 0]]
     """
-    longest = max((len(schedule.removed) for schedule in schedules), default=0)
+    longest = max([0, *[len(schedule.removed) for schedule in schedules]])
     rows = [(*schedule.removed, *(0,) * (longest - len(schedule.removed))) for schedule in schedules]
     return torch.tensor(rows, dtype=torch.int64).clamp(max=2**31 - 1).int().view(len(schedules), longest)
 

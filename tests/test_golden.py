@@ -15,7 +15,7 @@ from dtm_triton import morph, ops, tome
 GOLDEN = Path(__file__).parent / "golden"
 MORPH = sorted(GOLDEN.glob("morph_*.npz"))
 TOME = sorted(GOLDEN.glob("tome_*.npz"))
-SMALL_BYTES = 35_000
+SMALL_BYTES = 10_000
 """Larger files hold more tokens than the interpreter gets through in seconds when tiles are tiny."""
 
 
