@@ -48,7 +48,7 @@ def merge_kernel(
     first = tl.program_id(1) * GROUPS
     group = first + tl.arange(0, GROUPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    start, count = group_extent(size + image * num_groups, first, num_groups, GROUPS, BLOCK)
+    start, count = group_extent(size + image * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     value = reduce_members(x + image * stride_b, members + image * num_tokens, start, count, channel, num_tokens,
                            num_channels, stride_n, stride_c, MODE, GROUPS, MEMBERS, CHANNELS)
     inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
@@ -102,7 +102,7 @@ def morph_kernel(
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * GROUPS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    start, count = group_extent(size + image * num_groups, first, num_groups, GROUPS, BLOCK)
+    start, count = group_extent(size + image * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     mean = reduce_members(x + image * stride_b, members + image * num_tokens, start, count, channel, num_tokens,
                           num_channels, stride_n, stride_c, "mean", GROUPS, MEMBERS, CHANNELS)
     mean = mean.to(out.dtype.element_ty)

@@ -39,15 +39,15 @@ def list_members(
 
 
 @triton.jit
-def group_extent(size, first, num_groups, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the groups first .. first + GROUPS start in the members, and their sizes."""
+def group_extent(size, first, num_groups, num_tokens, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the groups first .. first + GROUPS start in the members, and their sizes, at most N."""
     skipped = tl.zeros((BLOCK,), tl.int32)
     for before in range(0, first, BLOCK):
         group = before + tl.arange(0, BLOCK)
         skipped += tl.load(size + group, mask=group < first, other=0)
     group = first + tl.arange(0, GROUPS)
     count = tl.load(size + group, mask=group < num_groups, other=0)
-    return tl.sum(skipped, 0) + tl.cumsum(count, 0) - count, count
+    return tl.sum(skipped, 0) + tl.cumsum(count, 0) - count, tl.minimum(count, num_tokens)
 
 
 @triton.jit

@@ -9,9 +9,6 @@ from torch import Tensor
 from dtm_triton.kernels import settings
 from dtm_triton.kernels.group_kernels import members_kernel, merge_kernel, morph_kernel, unmerge_kernel
 
-EXTENT_BLOCK = 256
-"""Sizes that a program adds at a time to find where its groups start."""
-
 
 def group_members(index: Tensor, num_groups: int) -> Tensor:
     """The tokens sorted by group, ascending within a group: index int32 [B, N] -> members int32 [B, N]."""
@@ -45,7 +42,7 @@ def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
     """
     batch, num_tokens, num_channels = x.shape
     num_groups = size.shape[1]
-    merged = x.new_empty((batch, num_groups, num_channels))
+    merged = torch.empty((batch, num_groups, num_channels), dtype=x.dtype, device=x.device)
     if merged.numel() == 0:
         return merged
     tiles = settings.group_settings(num_tokens, num_groups, num_channels)
@@ -63,7 +60,7 @@ def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
             stride_n=x.stride(1),
             stride_c=x.stride(2),
             MODE=mode,
-            BLOCK=EXTENT_BLOCK,
+            BLOCK=settings.EXTENT_BLOCK,
             GROUPS=tiles.groups,
             MEMBERS=tiles.members,
             CHANNELS=tiles.channels,
@@ -77,7 +74,7 @@ def unmerge(merged: Tensor, index: Tensor) -> Tensor:
     """Give every token what its group holds: merged [B, G, D], index int32 [B, N] -> [B, N, D]."""
     batch, num_groups, num_channels = merged.shape
     num_tokens = index.shape[1]
-    out = merged.new_empty((batch, num_tokens, num_channels))
+    out = torch.empty((batch, num_tokens, num_channels), dtype=merged.dtype, device=merged.device)
     if out.numel() == 0:
         return out
     index = index.contiguous()
@@ -106,7 +103,7 @@ def morph(x: Tensor, members: Tensor, size: Tensor) -> Tensor:
     """Give every token its group's mean: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, N, D]."""
     batch, num_tokens, num_channels = x.shape
     num_groups = size.shape[1]
-    out = x.new_empty((batch, num_tokens, num_channels))
+    out = torch.empty((batch, num_tokens, num_channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     tiles = settings.group_settings(num_tokens, num_groups, num_channels)
@@ -123,7 +120,7 @@ def morph(x: Tensor, members: Tensor, size: Tensor) -> Tensor:
             stride_b=x.stride(0),
             stride_n=x.stride(1),
             stride_c=x.stride(2),
-            BLOCK=EXTENT_BLOCK,
+            BLOCK=settings.EXTENT_BLOCK,
             GROUPS=tiles.groups,
             MEMBERS=tiles.members,
             CHANNELS=tiles.channels,

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings
-from dtm_triton.kernels.groups import EXTENT_BLOCK
 from dtm_triton.kernels.loss_kernels import loss_backward_kernel, loss_kernel
 from dtm_triton.kernels.row_loss_kernel import row_loss_kernel
 
@@ -32,9 +31,10 @@ def loss_forward(
     """
     batch, num_tokens, num_channels = outputs.shape
     num_schedules, _, num_groups = size.shape
-    slopes = outputs.new_empty((*size.shape, num_channels) if save else (0,))
+    shape = (*size.shape, num_channels) if save else (0,)
+    slopes = torch.empty(shape, dtype=outputs.dtype, device=outputs.device)
     if outputs.numel() == 0 or size.numel() == 0:
-        return outputs.new_zeros((), dtype=torch.float32), slopes
+        return torch.zeros((), dtype=torch.float32, device=outputs.device), slopes
     if kind == "smooth_l1" and beta == 0:
         kind = "l1"
     rows = kind == "cosine" or normalize_target
@@ -63,7 +63,7 @@ def loss_forward(
             target_stride_c=targets.stride(2),
             KIND=kind,
             SAVE=save,
-            BLOCK=EXTENT_BLOCK,
+            BLOCK=settings.EXTENT_BLOCK,
             GROUPS=tiles.groups,
             MEMBERS=tiles.members,
             CHANNELS=tiles.channels,
@@ -83,7 +83,7 @@ def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> 
     """
     num_schedules, batch, num_groups, num_channels = slopes.shape
     num_tokens = index.shape[2]
-    grad_outputs = slopes.new_empty((batch, num_tokens, num_channels))
+    grad_outputs = torch.empty((batch, num_tokens, num_channels), dtype=slopes.dtype, device=slopes.device)
     if grad_outputs.numel() == 0:
         return grad_outputs
     tiles = settings.gather_settings(num_channels)

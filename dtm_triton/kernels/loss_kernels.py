@@ -92,7 +92,7 @@ def loss_kernel(
     first = tl.program_id(1) * GROUPS
     group = first + tl.arange(0, GROUPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    start, count = group_extent(size + task * num_groups, first, num_groups, GROUPS, BLOCK)
+    start, count = group_extent(size + task * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     output, target = group_means(
         outputs + image * output_stride_b, targets + image * target_stride_b, members + task * num_tokens,
         start, count, channel, num_tokens, num_channels,

@@ -39,7 +39,9 @@ def match(
     index, size, members = (
         torch.empty((num_schedules, batch, num_tokens), dtype=torch.int32, device=device) for _ in range(3)
     )
-    merged = features.new_empty((batch, merge_rows, num_channels)) if merge_rows else None
+    merged = None
+    if merge_rows:
+        merged = torch.empty((batch, merge_rows, num_channels), dtype=features.dtype, device=device)
     if index.numel() == 0:
         return index, size, members, merged
     tiles = settings.match_settings(num_tokens, features.dtype)

@@ -209,7 +209,7 @@ def write_means(
     """The mean feature of every group, [num_groups, C]."""
     for first in range(0, num_groups, GROUPS):
         group = first + tl.arange(0, GROUPS)
-        start, count = group_extent(size, first, num_groups, GROUPS, BLOCK)
+        start, count = group_extent(size, first, num_groups, num_tokens, GROUPS, BLOCK)
         for first_c in range(0, num_channels, CHANNELS):
             channel = first_c + tl.arange(0, CHANNELS)
             mean = reduce_members(x, members, start, count, channel, num_tokens, num_channels, stride_n, stride_c,

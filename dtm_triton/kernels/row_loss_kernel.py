@@ -46,7 +46,7 @@ def row_loss_kernel(
     image = task % batch
     first = tl.program_id(1) * GROUPS
     group = first + tl.arange(0, GROUPS)
-    start, count = group_extent(size + task * num_groups, first, num_groups, GROUPS, BLOCK)
+    start, count = group_extent(size + task * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     channel = tl.arange(0, CHANNELS)
     output, target = group_means(
         outputs + image * output_stride_b, targets + image * target_stride_b, members + task * num_tokens,

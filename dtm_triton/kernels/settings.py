@@ -16,6 +16,9 @@ MAX_TOKENS = 256
 MAX_COUNTED_TOKENS = 1024
 """Up to here the tokens are sorted by group by counting, which takes N^2 comparisons."""
 
+EXTENT_BLOCK = 256
+"""Group sizes that a program adds at a time to find where its own groups start."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSettings:
