@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -20,6 +21,7 @@ from dtm_triton.train.draws import Draw, draw_images, fold
 from dtm_triton.train.images import Images
 
 Batch = dict[str, Tensor]
+GRACE = 10  # seconds that a worker lives on after SIGTERM
 
 
 class MicroBatches(Dataset[Batch]):
@@ -92,10 +94,16 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
         return pixels.float() / 255, torch.tensor([self.images.labels[i] for i in chosen])
 
 
-def training_loader(batches: MicroBatches, start: int, end: int, workers: int, pin: bool) -> Iterator[Batch]:
+@contextmanager
+def training_loader(batches: MicroBatches, start: int, end: int, workers: int, pin: bool) -> Iterator[Iterator[Batch]]:
     """Micro-batches of the steps start .. end - 1, decoded ahead by worker processes when there are any."""
     numbers = range(start * batches.run.accumulate, end * batches.run.accumulate)
-    return iter(_loader(batches, numbers, workers, pin))
+    iterator = iter(_loader(batches, numbers, workers, pin))
+    try:
+        yield iterator
+    finally:
+        if workers:
+            iterator._shutdown_workers()  # now, not when the last traceback that holds the iterator is gone
 
 
 def evaluation_loader(batches: EvaluationBatches, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -111,16 +119,16 @@ def _loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLo
         batch_size=None,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
         generator=Generator(),  # its own: the loader must not draw from the global one
     )
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a group; the training process decides what they mean."""
+def _outlive_signals(_: int) -> None:
+    """Ctrl-C and SIGTERM may reach every process of a group; the training process needs its workers to stop well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,14 @@ class Trainer:
         if self.step == self.total:
             return self._evaluate()
         run, per_epoch = self.run, self.batches.steps_per_epoch
-        loader = training_loader(self.batches, self.step, self.total, self.workers, self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        loader = training_loader(self.batches, self.step, self.total, self.workers, pin)
         last: Metrics = {}
         book = Logbook(run.folder, self.title, self.step, self.total, self.processes.first)
-        with StopRequest() as stop, book:
+        with StopRequest() as stop, book, loader as incoming:
             since, logged = time.monotonic(), self.step
             while self.step < self.total:
-                self._train_step(loader)
+                self._train_step(incoming)
                 end = self.step == self.total
                 epoch = self.step // per_epoch if self.step % per_epoch == 0 else 0
                 leaving = stop.number if self.processes.count == 1 else 0  # several leave together, at a log line
@@ -134,7 +135,7 @@ class Trainer:
                     raise Stopped(leaving)
         return last
 
-    def _train_step(self, loader: Any) -> None:
+    def _train_step(self, loader: Iterator[Batch]) -> None:
         run, parts = self.run, self.run.accumulate
         for part in range(parts):
             batch = self._receive(next(loader))
