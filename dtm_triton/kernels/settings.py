@@ -50,7 +50,7 @@ class MatchSettings:
     """Channels of a tile of group means."""
     max_programs: int = 256
     """Programs of a launch; each has a Gram matrix of its own, so that all of them stay in the second-level cache."""
-    max_registers: int = 168
+    max_registers: int = 224
     """Per thread, for NVIDIA: without a bound ptxas spills to make room for a second program on each multiprocessor."""
     num_warps: int = 8
     num_stages: int = 2
