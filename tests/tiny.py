@@ -19,7 +19,10 @@ from dtm_triton.train.objectives import Pretraining
 from dtm_triton.train.teacher import ConvTeacher
 
 STUDENT = StudentConfig(
-    model="vit_tiny_patch16_224", patch_size=2, model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3}
+    model="vit_tiny_patch16_224",
+    patch_size=2,
+    init_std=0.1,
+    model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3},
 )
 
 

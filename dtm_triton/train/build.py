@@ -29,9 +29,12 @@ from dtm_triton.train.draws import Draw, fold
 from dtm_triton.train.images import open_images
 from dtm_triton.train.loop import Trainer
 from dtm_triton.train.objectives import Supervised
-from dtm_triton.train.run_folder import write_finished
+from dtm_triton.train.run_folder import read_finished, write_finished
 from dtm_triton.train.student import MaskedStudent
 from dtm_triton.train.teacher import ConvTeacher, build_teacher
+
+STUDENT_STD = 0.02  # what MaskedStudent starts from
+CONV_BATCH = 64  # images a step of the "conv" teacher
 
 
 def build_student(config: StudentConfig, data: DataConfig, out_features: int) -> MaskedStudent:
@@ -48,6 +51,10 @@ def build_student(config: StudentConfig, data: DataConfig, out_features: int) ->
         drop_path=config.drop_path,
         model_kwargs=config.model_kwargs,
     )
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if parameter.ndim > 1 or name.endswith("_token"):  # what starts truncated-normal; tables of zeros stay
+                parameter.mul_(config.init_std / STUDENT_STD)
     if config.weights is not None:
         path = config.weights / "model.safetensors" if config.weights.is_dir() else config.weights
         if not path.is_file():
@@ -117,14 +124,25 @@ def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeac
         num_classes=images.num_classes,
         out_features=config.teacher.features,
     )
+    batch_size = min(CONV_BATCH, len(images.labels))
     own = ConvRun(
         data=config.data,
-        teacher=config.teacher,
+        teacher=replace(config.teacher, weights=None),  # wherever it lies
         patch_size=config.student.patch_size,
         optimizer=OptimizerConfig(lr=4e-3, warmup_epochs=1, weight_decay=0.02),
-        run=replace(config.run, folder=folder, epochs=config.teacher.epochs, evaluate_every=0),
+        run=replace(
+            config.run,
+            folder=folder,
+            epochs=config.teacher.epochs,
+            evaluate_every=0,
+            accumulate=1,
+            batch_size=batch_size,
+        ),
     )
     resolved = to_json(own)
+    if read_finished(folder, resolved) is not None:
+        _load_network(network, folder)
+        return network
     trainer = Trainer(
         Supervised(network, own.data),
         data=own.data,

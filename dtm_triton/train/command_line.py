@@ -43,8 +43,8 @@ def parse(recipes: dict[str, Callable[[], Config]], default: str, program: str, 
 def run_command(program: str, work: Callable[[Processes], object], device: str) -> None:
     """Do the work of a command, in one process or in those of torchrun.
 
-    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback, a folder that cannot be used or a
-    loss that is not finite with 1 and one line.
+    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback, a folder or file that cannot be
+    used or a loss that is not finite with 1 and one line.
     """
     # outside the loop, which saves first, a SIGTERM too should run what is in `finally`
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -53,5 +53,5 @@ def run_command(program: str, work: Callable[[Processes], object], device: str) 
             work(processes)
     except (Stopped, KeyboardInterrupt) as stopped:
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
-    except (FolderError, FloatingPointError) as error:
+    except (FolderError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"{program}: {error}")

@@ -1,6 +1,6 @@
 """Configuration: small frozen dataclasses. A recipe (recipes.py) is a function that returns one complete configuration.
 
-`to_json` is what lies beside the results; `differences` compares it when a run goes on.
+`to_json` is what lies beside the results.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from typing import Any, Literal
 
 from dtm_triton.losses import LossKind
 from dtm_triton.matching import Split
-
-# these may change when a run goes on: they touch neither a weight nor a result
-FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "data.workers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +67,8 @@ class StudentConfig:
     """Pixels a side."""
     drop_path: float = 0.0
     """Stochastic depth of the last block."""
+    init_std: float = 0.02
+    """Deviation of the truncated normal that weights start from; a narrow model needs a larger one."""
     model_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further arguments of the timm model, for example embed_dim 96 depth 4."""
     weights: Path | None = None
@@ -78,6 +77,7 @@ class StudentConfig:
     def __post_init__(self) -> None:
         _check("student.patch_size", self.patch_size, self.patch_size >= 1, "positive")
         _check("student.drop_path", self.drop_path, 0 <= self.drop_path < 1, "in 0..1")
+        _check("student.init_std", self.init_std, self.init_std > 0, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,24 +275,6 @@ class ProbeConfig:
 def to_json(config: Any) -> str:
     """A configuration as readable JSON, paths as text."""
     return json.dumps(dataclasses.asdict(config), indent=2, default=str)
-
-
-def differences(saved: str, current: str) -> list[str]:
-    """What changed between two configurations in JSON, but for what may change when a run goes on.
-
-    >>> differences('{"run": {"seed": 0, "log_every": 5}}', '{"run": {"seed": 1, "log_every": 9}}')
-    ['run.seed: 0 -> 1']
-    """
-    before, after = _flatten(json.loads(saved)), _flatten(json.loads(current))
-    names = [name for name in {**before, **after} if name not in FREE_AT_RESUME]
-    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
 
 
 def _check(name: str, value: object, fine: bool, wanted: str) -> None:

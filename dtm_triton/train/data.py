@@ -103,7 +103,7 @@ def training_loader(batches: MicroBatches, start: int, end: int, workers: int, p
         yield iterator
     finally:
         if workers:
-            iterator._shutdown_workers()  # now, not when the last traceback that holds the iterator is gone
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the last traceback that holds the iterator is gone
 
 
 def evaluation_loader(batches: EvaluationBatches, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:

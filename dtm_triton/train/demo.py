@@ -8,10 +8,15 @@ stopped, at any moment and in any way, and ends with the same bits.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
+
+if not __package__:  # run as a script: import the package from this checkout, and nothing from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor
@@ -27,8 +32,10 @@ from dtm_triton.train.draws import fold
 from dtm_triton.train.pretrain import pretrain
 from dtm_triton.train.probe import Metrics, exported_features, probe
 from dtm_triton.train.run_folder import refuse_changes
+from dtm_triton.train.side_by_side import die_with_parent, run_side_by_side
 
 HELD_OUT = 360  # digits
+TITLES = {"tokenwise": "token-wise student", "dtm": "DTM student       "}
 REMARKS = """
 What it shows: from masked images alone the student learns its teacher's features, which tell digits apart as random
   weights and pixels do not.
@@ -47,6 +54,8 @@ class Demo:
     """Pre-training of each student."""
     teacher_epochs: int = recipes.demo().teacher.epochs
     """Training of the teacher."""
+    only: Literal["tokenwise", "dtm"] | None = None
+    """Train this student and stop: what the demo does side by side, in processes of their own."""
 
     def students(self) -> dict[str, PretrainConfig]:
         """The two students' configurations, by the names of their folders."""
@@ -68,10 +77,11 @@ def run_demo(demo: Demo, processes: Processes) -> dict[str, Metrics]:
         refuse_changes(demo.folder, json.dumps(saved["config"]), resolved)
         print(f"The demo in {demo.folder} is finished; remove the folder to run it again.")
         return saved["results"]
-    for name, config in students.items():
-        pretrain(config, processes, title={"tokenwise": "token-wise student", "dtm": "DTM student"}[name])
     config = students["dtm"]
     teacher = build_targets(config, processes)
+    words = [sys.executable, str(Path(__file__)), f"--folder={demo.folder}", f"--epochs={demo.epochs}"]
+    words += [f"--teacher-epochs={demo.teacher_epochs}"]
+    run_side_by_side({name: [*words, f"--only={name}"] for name in students})
     torch.manual_seed(fold(config.run.seed, "weights"))
     untrained = build_student(config.student, config.data, teacher.out_features).to(processes.device)
     rows: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,6 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _report(demo: Demo, processes: Processes) -> None:
+    if demo.only is not None:
+        die_with_parent()
+        pretrain(demo.students()[demo.only], processes, title=TITLES[demo.only])
+        return
     results = run_demo(demo, processes)
     print("\n" + describe(demo, results))
 

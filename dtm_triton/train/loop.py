@@ -31,7 +31,7 @@ from dtm_triton.train.images import open_images
 from dtm_triton.train.logbook import Logbook, Metrics
 from dtm_triton.train.objectives import Objective
 from dtm_triton.train.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
-from dtm_triton.train.run_folder import refuse_changes, write_config
+from dtm_triton.train.run_folder import hold_folder, refuse_changes, write_config
 from dtm_triton.train.stop import Stopped, StopRequest
 
 TRAIN_SHARE = 20_000  # training images an evaluation looks at, at most
@@ -109,7 +109,8 @@ class Trainer:
         loader = training_loader(self.batches, self.step, self.total, self.workers, pin)
         last: Metrics = {}
         book = Logbook(run.folder, self.title, self.step, self.total, self.processes.first)
-        with StopRequest() as stop, book, loader as incoming:
+        held = hold_folder(run.folder) if self.processes.first else nullcontext()
+        with held, StopRequest() as stop, book, loader as incoming:
             since, logged = time.monotonic(), self.step
             while self.step < self.total:
                 self._train_step(incoming)

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dtm_triton.train.checkpoint import FolderError, write_atomically
-from dtm_triton.train.config import differences
+
+# these may change when a run goes on: they touch neither a weight nor a result
+FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "data.workers"}
+
+
+@contextmanager
+def hold_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the hold ends with this process, however it ends.
+
+    Raises FolderError when another process still holds it after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise FolderError(f"run.folder {str(folder)!r} is in use by another process") from None
+                time.sleep(0.2)
+        yield
 
 
 def write_config(folder: Path, resolved: str) -> None:
@@ -45,3 +72,21 @@ def refuse_changes(folder: Path, saved: str, resolved: str) -> None:
             f"run.folder {str(folder)!r} holds a run with another configuration ({'; '.join(changed)}); "
             "give another folder, or remove it to start over"
         )
+
+
+def differences(saved: str, current: str) -> list[str]:
+    """What changed between two configurations in JSON, but for what may change when a run goes on.
+
+    >>> differences('{"run": {"seed": 0, "log_every": 5}}', '{"run": {"seed": 1, "log_every": 9}}')
+    ['run.seed: 0 -> 1']
+    """
+    before, after = _flatten(json.loads(saved)), _flatten(json.loads(current))
+    names = [name for name in {**before, **after} if name not in FREE_AT_RESUME]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat

@@ -20,10 +20,9 @@ from dtm_triton.train.config import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
-    differences,
     to_json,
 )
-from dtm_triton.train.run_folder import refuse_changes
+from dtm_triton.train.run_folder import differences, refuse_changes
 
 EVERY = {**recipes.PRETRAIN, **recipes.FINETUNE, **recipes.PROBE}
 
