@@ -120,7 +120,33 @@ def render(rows: list[dict[str, object]]) -> str:
         cells += [f"{float(row['reference']) / float(row['portable']):.1f}"]  # type: ignore[arg-type]
         cells += [f"{row[f'{backend} MB']:.0f}" for backend in ("reference", "portable")]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *render_resources()]) + "\n"
+
+
+def render_resources() -> list[str]:
+    """The main kernels' rows of the recorded table that the tests hold the compiler to."""
+    table = json.loads((ROOT / "tests" / "kernels" / "resources.json").read_text())
+    newest = max(table, key=lambda version: tuple(map(int, version.split("."))))
+    targets = list(table[newest])
+    figures = [figure for version in table.values() for target in version.values() for figure in target.values()]
+    largest = {name: max(figure[name] for figure in figures) for name in ("stack", "loop_spills")}
+    lines = [
+        "## Compiled resources",
+        "",
+        "From ahead-of-time compilation without a GPU (`python -m dtm_triton.kernels.resources`), at the shipped",
+        f"launch settings, 196 tokens, 512 channels, Triton {newest}: registers a thread / bytes of shared memory.",
+        f"Over all {len(figures)} entries (every kernel, target and Triton {', '.join(sorted(table))}) the largest",
+        f"stack is {largest['stack']} bytes, and spills inside loops number {largest['loop_spills']} at the most.",
+        "",
+        f"| kernel | {' | '.join(targets)} |",
+        f"|---|{'---|' * len(targets)}",
+    ]
+    for kernel in table[newest][targets[0]]:
+        cells = [
+            f"{figure['registers']} / {figure['shared']}" for figure in (table[newest][t][kernel] for t in targets)
+        ]
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

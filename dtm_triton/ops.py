@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dtm_triton import portable
-
-MAX_KERNEL_TOKENS = 256
-"""More tokens than this take the portable path."""
+from dtm_triton.kernels.settings import MAX_TOKENS
 
 
 def _kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
@@ -43,7 +41,7 @@ def match(
     """features [B, N, C] -> index, size (padded with zeros) and members, int32 [L, B, N]."""
     options: dict[str, Any] = dict(num_protected=num_protected, random_split=random_split, keep_order=keep_order)
     kernels = _kernels(backend, features, removed)
-    if kernels is not None and features.shape[1] <= MAX_KERNEL_TOKENS:
+    if kernels is not None and features.shape[1] <= MAX_TOKENS:
         return kernels.match(features, removed, seed, **options)[:3]
     return portable.match(features, removed, int(seed), **options)
 
@@ -68,7 +66,7 @@ def match_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One schedule and the mean feature of every group: merged [B, G, C], index [1, B, N], size [1, B, N]."""
     kernels = _kernels(backend, features, removed)
-    if kernels is not None and features.shape[1] <= MAX_KERNEL_TOKENS:
+    if kernels is not None and features.shape[1] <= MAX_TOKENS:
         index, size, _, merged = kernels.match(
             features,
             removed,
