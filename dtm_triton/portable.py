@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtm_triton.reference import LOWEST, shuffled_slots
+from dtm_triton.reference import LOWEST, add_rows, shuffled_slots
 
 GRAM_BYTES = 64 * 2**20
 """Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
@@ -109,9 +109,9 @@ class _Matching:
 
     def _merge(self, source: Tensor, destination: Tensor) -> None:
         """Add the sources' rows and columns to their destinations'."""
-        _add_rows(self.gram, destination, _rows(self.gram, source))
+        add_rows(self.gram, destination, _rows(self.gram, source))
         columns = self.gram.transpose(1, 2)
-        _add_rows(columns, destination, _rows(columns, source))
+        add_rows(columns, destination, _rows(columns, source))
         self.owner = self.identity.scatter(1, source, destination).gather(1, self.owner)
 
     def groups(self) -> Tensor:
@@ -127,7 +127,7 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
         where = index.long()[:, :, None].expand_as(x)
         return x.new_zeros(shape).scatter_reduce_(1, where, x, "amax", include_self=False)
     rows = _at_least_float32(x)
-    merged = _add_rows(rows.new_zeros(shape), index.long(), rows)
+    merged = add_rows(rows.new_zeros(shape), index.long(), rows)
     return (merged / size[:, :, None] if mode == "mean" else merged).to(x.dtype)
 
 
@@ -214,14 +214,6 @@ def _standardise(target: Tensor) -> Tensor:
     centred = target - target.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(target.shape[-1] - 1, 1)
     return centred / (variance + 1e-6).sqrt()
-
-
-def _add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:
-    """matrix[b, into[b, i]] += rows[b, i] in place, in the order of i whatever the device."""
-    if matrix.device.type == "cpu":
-        return matrix.scatter_add_(1, into[:, :, None].expand_as(rows), rows)
-    images = torch.arange(len(matrix), device=matrix.device)[:, None]
-    return matrix.index_put_((images, into), rows, accumulate=True)  # sorted there: scatter_add_ adds in any order
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

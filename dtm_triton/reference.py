@@ -86,12 +86,9 @@ def _match_schedule(
 
         destination = b.gather(1, partner.gather(1, merging))
         into = slots.scatter(1, a.gather(1, merging), destination)  # the slot each slot's tokens move to
-        moved = torch.zeros_like(source).scatter_add(1, into[:, :, None].expand_as(source), source)
-        source = _rows(moved, kept)
+        source = _rows(add_rows(torch.zeros_like(source), into, source), kept)
         # A sum over members, not a matrix product: one that is not a number must not reach the other groups.
-        sums = torch.zeros_like(means).scatter_add(
-            1, source.argmax(1)[:, :, None].expand_as(features), _at_least_float32(features)
-        )
+        sums = add_rows(torch.zeros_like(means), source.argmax(1), _at_least_float32(features))
         means = sums[:, : kept.shape[1]] / source.sum(-1, keepdim=True)
     return source
 
@@ -134,9 +131,8 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], size.shape[1], x.shape[2])
         return torch.where(member[:, :, :, None], x[:, None], -torch.inf).amax(2)
-    where = index.long()[:, :, None].expand_as(x)
-    out = _at_least_float32(x).new_zeros(x.shape[0], size.shape[1], x.shape[2])
-    out = out.scatter_add(1, where, _at_least_float32(x))
+    rows = _at_least_float32(x)
+    out = add_rows(rows.new_zeros(x.shape[0], size.shape[1], x.shape[2]), index.long(), rows)
     return (out / size[:, :, None] if mode == "mean" else out).to(x.dtype)
 
 
@@ -193,6 +189,18 @@ def _token_loss(outputs: Tensor, targets: Tensor, kind: str, beta: float, normal
         return F.mse_loss(outputs, targets)
     assert kind == "cosine", kind
     return 1 - F.cosine_similarity(outputs, targets, dim=-1).mean()
+
+
+def add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:
+    """matrix[b, into[b, i]] += rows[b, i] in place and return it; the same bits every time, whatever the device.
+
+    >>> add_rows(torch.zeros(1, 2, 1), torch.tensor([[1, 1]]), torch.tensor([[[2.], [3.]]])).flatten().tolist()
+    [0.0, 5.0]
+    """
+    if matrix.device.type == "cpu":
+        return matrix.scatter_add_(1, into[:, :, None].expand_as(rows), rows)
+    images = torch.arange(len(matrix), device=matrix.device)[:, None]
+    return matrix.index_put_((images, into), rows, accumulate=True)  # sorted there: scatter_add_ adds in any order
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
