@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dtm_triton.masking import block_masks, random_masks
 from dtm_triton.train.checkpoint import load_newest
@@ -86,7 +87,7 @@ def build_targets(config: PretrainConfig, processes: Processes) -> Any:
 
 
 class ConvTargets(nn.Module):
-    """The tokens of a trained ConvTeacher."""
+    """The tokens of a trained ConvTeacher, each standardised over its channels as a ViT's final norm does."""
 
     def __init__(self, network: ConvTeacher) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class ConvTargets(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Targets [B, N, C] for images [B, C, H, W] in 0..1."""
-        return self.network.tokens(images)
+        return F.layer_norm(self.network.tokens(images), (self.out_features,))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,7 @@ def demo() -> PretrainConfig:
         data=digits(),
         student=digits_student(),
         teacher=TeacherConfig(kind="conv", features=64, epochs=8),
-        mask=MaskConfig(kind="random", masked=9),
+        mask=MaskConfig(kind="random", masked=6),
         loss=LossConfig(max_removed=36),
         optimizer=OptimizerConfig(lr=1e-3, warmup_epochs=2, betas=(0.9, 0.98), clip_norm=3.0),
         run=RunConfig(
