@@ -39,6 +39,7 @@ def tiny_config(folder: Path, *, data: dict[str, Any] | None = None, **run: Any)
             **{
                 "folder": folder,
                 "epochs": 2,
+                "batch_size": 128,
                 "threads": 1,
                 "checkpoint_every": 4,
                 "evaluate_every": 0,

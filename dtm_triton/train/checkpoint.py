@@ -63,19 +63,26 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, best: 
     >>> sorted(file.name for file in folder.iterdir())
     ['best.pt', 'step_000000002.pt', 'step_000000003.pt']
     """
-    path = folder / f"step_{step:09d}.pt"
-    write_atomically(path, lambda file: torch.save(dict(state), file))
-    if best:
-        link = folder / "best.tmp"
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-            os.replace(link, folder / "best.pt")
-        except OSError:  # a file system without links
-            write_atomically(folder / "best.pt", lambda file: torch.save(dict(state), file))
+    path, content = folder / f"step_{step:09d}.pt", dict(state)
+    if best:  # before the step's own name: a kill in between repeats both, and never leaves an old best behind
+        write_atomically(folder / "best.pt", lambda file: torch.save(content, file))
+    if not (best and _link(folder / "best.pt", path)):
+        write_atomically(path, lambda file: torch.save(content, file))
     for old in saved_steps(folder)[KEPT:]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _link(source: Path, path: Path) -> bool:
+    """Give a file a second name, atomically; False on file systems without links."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        unfinished.unlink(missing_ok=True)
+        os.link(source, unfinished)
+        os.replace(unfinished, path)
+    except OSError:
+        return False
+    return True
 
 
 def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any] | None:

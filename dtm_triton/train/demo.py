@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dtm_triton.train import recipes
-from dtm_triton.train.augment import normalise
+from dtm_triton.train.augment import Normalise
 from dtm_triton.train.build import build_student, build_targets
 from dtm_triton.train.checkpoint import write_atomically
 from dtm_triton.train.command_line import run_command
@@ -84,9 +84,10 @@ def run_demo(demo: Demo, processes: Processes) -> dict[str, Metrics]:
     run_side_by_side({name: [*words, f"--only={name}"] for name in students})
     torch.manual_seed(fold(config.run.seed, "weights"))
     untrained = build_student(config.student, config.data, teacher.out_features).to(processes.device)
+    normalise = Normalise(config.data.mean, config.data.std).to(processes.device)
     rows: dict[str, Callable[[Tensor], Tensor]] = {
         "raw pixels": lambda images: images.flatten(1),
-        "untrained student": lambda images: untrained.features(normalise(images, config.data.mean, config.data.std)),
+        "untrained student": lambda images: untrained.features(normalise(images)),
         "token-wise student": exported_features(students["tokenwise"].run.folder / "student", config.data, processes),
         "DTM student": exported_features(config.run.folder / "student", config.data, processes),
         "teacher (saw all labels)": lambda images: teacher(images).mean(1),

@@ -81,9 +81,10 @@ class Logbook:
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
         if self.speaks:
-            print_line = print if self.bar is None else self.bar.console.print
-            print_line(text)
-            sys.stdout.flush()
+            if self.bar is None:
+                print(text, flush=True)
+            else:
+                self.bar.console.print(text, markup=False, highlight=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

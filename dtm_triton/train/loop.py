@@ -11,6 +11,7 @@ no checkpoint is written after the bad step.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,7 @@ class Trainer:
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         if run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True, warn_only=True)
         images = open_images(data, "train")
@@ -227,7 +229,7 @@ class Trainer:
         folder = self.run.folder / "checkpoints"
         state = load_newest(folder, print)
         step = state["step"] if state else 0
-        if self.processes.mean(torch.tensor(float(step), device=self.device)).item() != step:
+        if self.processes.mean(torch.tensor(step, dtype=torch.float64, device=self.device)).item() != step:
             raise CheckpointError(f"processes found different checkpoints in {str(folder)!r}; it must be shared")
         if state is None:
             return

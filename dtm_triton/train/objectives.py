@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dtm_triton.losses import dtm_loss
 from dtm_triton.modules import DTMLoss
 from dtm_triton.schedule import MorphSchedule
-from dtm_triton.train.augment import augment, normalise
+from dtm_triton.train.augment import Normalise, augment
 from dtm_triton.train.config import DataConfig, LossConfig
 from dtm_triton.train.distributed import Processes
 from dtm_triton.train.draws import fold
@@ -62,7 +62,8 @@ class Pretraining(Objective):
 
     def __init__(self, student: MaskedStudent, teacher: nn.Module, data: DataConfig, loss: LossConfig) -> None:
         super().__init__()
-        self.network, self.data, self.config = student, data, loss
+        self.network, self.config = student, loss
+        self.normalise = Normalise(data.mean, data.std)
         self.teacher = teacher.requires_grad_(False).eval()
         self.loss = DTMLoss(
             num_schedules=loss.num_schedules,
@@ -89,7 +90,7 @@ class Pretraining(Objective):
         images = augment(batch)
         with torch.no_grad():
             targets = self.teacher(images)
-        outputs = self.network(normalise(images, self.data.mean, self.data.std), batch["mask"])
+        outputs = self.network(self.normalise(images), batch["mask"])
         if self.config.morph:
             return {"loss": self.loss(outputs, targets)}
         alone = MorphSchedule(())  # nothing is removed: every token is its own group
@@ -98,7 +99,7 @@ class Pretraining(Objective):
 
     def features(self, images: Tensor) -> Tensor:
         """Features [B, D] of images in 0..1, nothing masked."""
-        return self.network.features(normalise(images, self.data.mean, self.data.std))
+        return self.network.features(self.normalise(images))
 
     def evaluate(self, train: Loader, test: Loader, processes: Processes) -> dict[str, float]:
         train_x, train_y = gather_features(self.features, train, processes)
@@ -115,7 +116,8 @@ class Supervised(Objective):
 
     def __init__(self, network: MaskedStudent | ConvTeacher, data: DataConfig, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.network, self.data, self.label_smoothing = network, data, label_smoothing
+        self.network, self.label_smoothing = network, label_smoothing
+        self.normalise = Normalise(data.mean, data.std)
         if isinstance(network, MaskedStudent):
             network.backbone.patch_embed.mask_token.requires_grad_(False)  # nothing is masked here
 
@@ -128,7 +130,7 @@ class Supervised(Objective):
         """[B, classes] for images in 0..1."""
         if isinstance(self.network, ConvTeacher):
             return self.network(images)
-        return self.network.head(self.network.features(normalise(images, self.data.mean, self.data.std)))
+        return self.network.head(self.network.features(self.normalise(images)))
 
     def evaluate(self, train: Loader, test: Loader, processes: Processes) -> dict[str, float]:
         logits, labels = gather_features(self.logits, test, processes)

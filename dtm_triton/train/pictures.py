@@ -29,5 +29,15 @@ def draw_run(config: PretrainConfig, objective: Pretraining, images: Batch, devi
         targets = objective.teacher(pixels.to(device))
     tokens, iterations = targets.shape[1], config.loss.max_iterations
     schedules = [morph.MorphSchedule.uniform(round(share * tokens), iterations) for share in SHARES]
-    groups = [morph.match_tokens(targets, schedule, num_protected=config.loss.num_protected) for schedule in schedules]
+    generator = torch.Generator().manual_seed(config.run.seed)
+    groups = [
+        morph.match_tokens(
+            targets,
+            schedule,
+            num_protected=config.loss.num_protected,
+            split=config.loss.split,
+            generator=generator,
+        )
+        for schedule in schedules
+    ]
     draw_groups(pixels, groups, grid, folder / "groups.png")

@@ -14,7 +14,7 @@ if not __package__:  # run as a script: import the package from this checkout, a
 from torch import Tensor
 
 from dtm_triton.train import recipes
-from dtm_triton.train.augment import normalise
+from dtm_triton.train.augment import Normalise
 from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import DataConfig, ProbeConfig
@@ -53,9 +53,10 @@ def probe(
 def exported_features(weights: Path, data: DataConfig, processes: Processes) -> Callable[[Tensor], Tensor]:
     """Features of an exported student: the mean of its normed patch tokens."""
     model: Any = load_exported(weights).to(processes.device)
+    normalise = Normalise(data.mean, data.std).to(processes.device)
 
     def features(images: Tensor) -> Tensor:
-        tokens = model.forward_features(normalise(images, data.mean, data.std))
+        tokens = model.forward_features(normalise(images))
         return tokens[:, model.num_prefix_tokens :].mean(1)
 
     return features
