@@ -46,11 +46,14 @@ class TokenGroups(NamedTuple):
         return self.index[:, None, :] == torch.arange(self.num_groups, device=self.index.device)[:, None]
 
 
+torch.serialization.add_safe_globals([TokenGroups])  # so that torch.load(weights_only=True) takes what torch.save wrote
+
+
 def merge_tokens(x: Tensor, groups: TokenGroups, mode: MergeMode = "mean", *, backend: str | None = None) -> Tensor:
     """One token per group: the mean, sum or maximum of its members.
 
     x [B, N, D], floating point, any strides -> [B, G, D] in x's dtype, accumulated in float32 (float64 for float64).
-    Differentiable; members that tie for the maximum share its gradient.
+    Differentiable in reverse mode; members that tie for the maximum share its gradient.
     Raises ValueError for an unknown mode or groups of another shape or device, TypeError for a wrong type.
     Source: ToMe, section 3.2; DTM, equation 3.
 
@@ -70,7 +73,7 @@ def merge_tokens(x: Tensor, groups: TokenGroups, mode: MergeMode = "mean", *, ba
 def unmerge_tokens(merged: Tensor, groups: TokenGroups, *, backend: str | None = None) -> Tensor:
     """Give every token what its group holds, in the original token order.
 
-    merged [B, G, D], floating point -> [B, N, D]. Differentiable. Raises as `merge_tokens` does.
+    merged [B, G, D], floating point -> [B, N, D]. Differentiable in reverse mode. Raises as `merge_tokens` does.
     Source: ToMe, section 3.4 (unmerging).
 
     >>> groups = TokenGroups(torch.tensor([[0, 1, 0]]).int(), torch.tensor([[2, 1]]).int())
@@ -87,7 +90,8 @@ def unmerge_tokens(merged: Tensor, groups: TokenGroups, *, backend: str | None =
 def morph_tokens(x: Tensor, groups: TokenGroups, *, backend: str | None = None) -> Tensor:
     """Replace every token by the mean of its group: a symmetric projection.
 
-    x [B, N, D], floating point -> [B, N, D]. Differentiable. Raises as `merge_tokens` does. Source: DTM, equation 3.
+    x [B, N, D], floating point -> [B, N, D]. Differentiable in reverse mode. Raises as `merge_tokens` does.
+    Source: DTM, equation 3.
 
     >>> groups = TokenGroups(torch.tensor([[0, 1, 0]]).int(), torch.tensor([[2, 1]]).int())
     >>> morph_tokens(torch.tensor([[[1.], [5.], [3.]]]), groups).tolist()
@@ -111,6 +115,8 @@ def check_tokens(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: {x!r:.80}")
     if x.ndim != 3:
         raise ValueError(f"{name} must have shape [B, N, C], got {list(x.shape)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -125,7 +131,7 @@ def check_groups(groups: object, name: str, x: Tensor, *, groups_of_tokens: bool
     Traceback (most recent call last):
     ValueError: groups of 1 x 3 tokens do not belong to x of shape [1, 4, 2]
     """
-    if not (isinstance(groups, tuple) and len(groups) == 2 and all(isinstance(part, Tensor) for part in groups)):
+    if not (isinstance(groups, TokenGroups) and all(isinstance(part, Tensor) for part in groups)):
         raise TypeError(f"groups must be TokenGroups, got {type(groups).__name__}: {groups!r:.80}")
     index, size = groups
     for part, tensor in (("index", index), ("size", size)):
@@ -146,3 +152,5 @@ def check_groups(groups: object, name: str, x: Tensor, *, groups_of_tokens: bool
             raise ValueError(f"groups.index must lie in 0..{size.shape[1] - 1}, got {low}..{high}")
         if not torch.equal(ops.group_sizes(index, size.shape[1]), size):
             raise ValueError("groups.size must count the tokens of every group in groups.index")
+        if not size.all():
+            raise ValueError("groups.size must be at least 1, got a group without tokens")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dtm_triton import portable
+from dtm_triton.kernels.settings import slope_dtype
 from dtm_triton.ops import _kernels, match
 
 
@@ -47,7 +48,7 @@ def _(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_loss(outputs), outputs.new_empty((*size.shape, outputs.shape[2]) if save else (0,))
+    return _fake_loss(outputs), _fake_slopes(outputs, (*size.shape, outputs.shape[2]), kind, save)
 
 
 @custom_op("dtm_triton::dtm_loss", mutates_args=())
@@ -85,7 +86,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (removed.shape[0], *outputs.shape)
     index = outputs.new_empty(shape[:3], dtype=torch.int32)
-    return _fake_loss(outputs), outputs.new_empty(shape if save else (0,)), index
+    return _fake_loss(outputs), _fake_slopes(outputs, shape, kind, save), index
 
 
 @custom_op("dtm_triton::loss_backward", mutates_args=())
@@ -104,7 +105,7 @@ def _(grad: Tensor, slopes: Tensor, index: Tensor, *_: Any) -> Tensor:
 def _setup(ctx: Any, outputs: Tensor, slopes: Tensor, index: Tensor, kind: str, backend: str) -> None:
     ctx.save_for_backward(slopes, index)
     ctx.mark_non_differentiable(slopes)
-    ctx.scale, ctx.backend = 1 / max(len(index) * _count(outputs, kind), 1), backend
+    ctx.scale, ctx.dtype, ctx.backend = 1 / max(len(index) * _count(outputs, kind), 1), outputs.dtype, backend
 
 
 def _morph_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -116,8 +117,10 @@ def _dtm_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # create_graph: what follows would silently lack the loss's second derivative
+        raise RuntimeError("morph_loss and dtm_loss are differentiable once; backend='reference' has more derivatives")
     slopes, index = ctx.saved_tensors
-    return loss_backward(grad, slopes, index, ctx.scale, ctx.backend)
+    return loss_backward(grad, slopes, index, ctx.scale, ctx.backend).to(ctx.dtype)
 
 
 def _morph_loss_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,6 +155,10 @@ def _loss(
 
 def _fake_loss(outputs: Tensor) -> Tensor:
     return outputs.new_empty((), dtype=torch.promote_types(outputs.dtype, torch.float32))
+
+
+def _fake_slopes(outputs: Tensor, shape: tuple[int, ...], kind: str, save: bool) -> Tensor:
+    return outputs.new_empty(shape if save else (0,), dtype=slope_dtype(outputs.dtype, kind))
 
 
 def _count(outputs: Tensor, kind: str) -> int:

@@ -156,6 +156,8 @@ def _check(batch_size: int, grid: tuple[int, int], num_masked: int) -> int:
     if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
         raise ValueError(f"grid must be (height, width), two positive integers, got {grid!r}")
     num_patches = grid[0] * grid[1]
+    if not isinstance(num_masked, int):
+        raise TypeError(f"num_masked must be an integer, got {num_masked!r}")
     if not 0 <= num_masked <= num_patches:
         raise ValueError(f"num_masked must be between 0 and {num_patches}, the patches of the grid, got {num_masked!r}")
     return num_patches

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from dtm_triton import ops, reference
 from dtm_triton.backend import choose_backend
 from dtm_triton.groups import TokenGroups, check_tokens
-from dtm_triton.schedule import MorphSchedule
+from dtm_triton.schedule import MorphSchedule, as_count
 
 Split = Literal["alternating", "random"]
 SPLITS = ("alternating", "random")
@@ -29,15 +29,17 @@ def match_tokens(
 ) -> TokenGroups:
     """Group similar tokens: in every iteration the most similar pairs merge, one token removed by each merge.
 
-    features [B, N, C]: float16, bfloat16, float32 or float64; any strides; their squared norms must be representable in
-    float32. removed: tokens to remove in each iteration, capped at what can merge (half of the unprotected groups).
+    features [B, N, C]: float16, bfloat16, float32 or float64; any strides; squared norms of sums of tokens must be in
+    float32's range (where they are not, implementations may part). removed: tokens to remove in each iteration, capped
+    at what can merge (half of the unprotected groups).
     num_protected: 1 keeps token 0 (a class token) alone. split: "alternating" slots or a "random" half, drawn anew per
     image and iteration from one number that `generator` (PyTorch's default CPU generator when None) gives.
     keep_order: whether groups that did not merge keep their order or come by falling similarity; by default they keep
     it when a token is protected. backend: "reference", "portable", "triton", or None for the fastest that can run.
 
     Returns groups in their final order: those that stayed, then those that could receive. The cosine similarity with a
-    zero vector is 0; one that is not a number counts as lowest. Ties go to the lower slot. More than 256 tokens and
+    zero vector is 0; one that is not a number counts as lowest. Ties go to the lower slot; similarities that differ by
+    rounding only may rank differently from one implementation to another. More than 256 tokens and
     float64 take the portable path under "triton" too.
     Raises ValueError or TypeError naming the argument and its value. Not differentiable.
     Source: ToMe, section 3.2; DTM, Algorithm 1.
@@ -73,8 +75,9 @@ def schedules_tensor(schedules: Sequence[MorphSchedule]) -> Tensor:
     [[3, 2], [4, 0]]
     """
     longest = max([0, *[len(schedule.removed) for schedule in schedules]])
-    rows = [(*schedule.removed, *(0,) * (longest - len(schedule.removed))) for schedule in schedules]
-    return torch.tensor(rows, dtype=torch.int64).clamp(max=2**31 - 1).int().view(len(schedules), longest)
+    counts = [[min(count, 2**31 - 1) for count in schedule.removed] for schedule in schedules]
+    rows = [row + [0] * (longest - len(row)) for row in counts]
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").view(len(schedules), longest)
 
 
 def draw_seed(split: Split, generator: Generator | None) -> Tensor:
@@ -84,7 +87,7 @@ def draw_seed(split: Split, generator: Generator | None) -> Tensor:
     tensor([0])
     """
     if split == "alternating":
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     device = torch.device("cpu") if generator is None else generator.device
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device).cpu()
 
@@ -96,9 +99,7 @@ def check_matching(num_protected: object, split: object, generator: object) -> N
     Traceback (most recent call last):
     ValueError: num_protected must be 0 or 1, got 2
     """
-    if isinstance(num_protected, bool) or not isinstance(num_protected, int):
-        raise TypeError(f"num_protected must be an integer, got {num_protected!r}")
-    if num_protected not in (0, 1):
+    if as_count("num_protected", num_protected, least=-(2**31)) not in (0, 1):
         raise ValueError(f"num_protected must be 0 or 1, got {num_protected}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")

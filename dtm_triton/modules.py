@@ -13,13 +13,14 @@ from dtm_triton.backend import choose_backend
 from dtm_triton.groups import TokenGroups, check_tokens, merge_tokens, morph_tokens
 from dtm_triton.losses import LossKind, check_loss, check_pair, matched_loss
 from dtm_triton.matching import Split, check_matching, draw_seed, match_tokens, schedules_tensor
-from dtm_triton.schedule import MorphSchedule
+from dtm_triton.schedule import MorphSchedule, as_count
 
 
 class TokenMorph(nn.Module):
     """Replace every token by the mean of its group of similar tokens.
 
-    Arguments and errors are those of `match_tokens`. forward(x [B, N, D], features [B, N, C] = x) -> [B, N, D].
+    removed, num_protected and split, and their errors, are those of `match_tokens`; a random split draws from PyTorch's
+    default CPU generator. forward(x [B, N, D], features [B, N, C] = x) -> [B, N, D].
 
     >>> TokenMorph([2])(torch.tensor([[[1.], [2.], [-4.], [-6.]]])).flatten().tolist()
     [1.5, 1.5, -5.0, -5.0]
@@ -31,12 +32,11 @@ class TokenMorph(nn.Module):
         *,
         num_protected: int = 0,
         split: Split = "alternating",
-        generator: Generator | None = None,
     ) -> None:
         super().__init__()
-        check_matching(num_protected, split, generator)
+        check_matching(num_protected, split, None)
         self.schedule = removed if isinstance(removed, MorphSchedule) else MorphSchedule(removed)  # type: ignore[arg-type]
-        self.num_protected, self.split, self.generator = num_protected, split, generator
+        self.num_protected, self.split = int(num_protected), split
 
     def match(self, features: Tensor) -> TokenGroups:
         """The groups of features [B, N, C]."""
@@ -45,7 +45,6 @@ class TokenMorph(nn.Module):
             self.schedule,
             num_protected=self.num_protected,
             split=self.split,
-            generator=self.generator,
         )
 
     def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
@@ -58,7 +57,7 @@ class TokenMorph(nn.Module):
 class TokenMerge(TokenMorph):
     """One mean token per group of similar tokens, and the groups to undo it with `unmerge_tokens`.
 
-    Arguments and errors are those of `match_tokens`. forward(x [B, N, D], features [B, N, C] = x) -> merged [B, G, D],
+    Arguments and errors are those of `TokenMorph`. forward(x [B, N, D], features [B, N, C] = x) -> merged [B, G, D],
     TokenGroups. Without separate features, matching and merging are one kernel launch on a GPU.
 
     >>> merged, groups = TokenMerge([2])(torch.tensor([[[1.], [2.], [-4.], [-6.]]]))
@@ -75,7 +74,7 @@ class TokenMerge(TokenMorph):
         merged, index, size = ops.match_merge(
             x,
             schedules_tensor([self.schedule]),
-            draw_seed(self.split, self.generator),
+            draw_seed(self.split, None),
             num_groups,
             self.num_protected,
             self.split == "random",
@@ -92,7 +91,9 @@ class DTMLoss(nn.Module):
     beyond the image's are not counted). Other arguments and errors as in `dtm_loss`.
     forward(outputs [B, N, C], targets [B, N, C]) -> scalar. Works under torch.compile(fullgraph=True) without compiling
     again when the draw changes. The state of the draw is part of state_dict(); it starts from PyTorch's default
-    generator, or from `manual_seed`. Data-parallel processes draw their own schedules when seeded differently.
+    generator, or from `manual_seed`. Data-parallel processes draw their own schedules when seeded differently: after
+    loading one state_dict() in all of them, seed each again. Leave the loss out of activation checkpointing: it
+    would draw other schedules when it computes again.
     Source: DTM, Algorithm 1 and section 3.3.
 
     >>> loss = DTMLoss(max_removed=12, max_iterations=3).manual_seed(0)
@@ -114,16 +115,13 @@ class DTMLoss(nn.Module):
     ) -> None:
         super().__init__()
         MorphSchedule.sample(1, max_removed, max_iterations, torch.Generator())  # its errors name these arguments
-        if isinstance(num_schedules, bool) or not isinstance(num_schedules, int):
-            raise TypeError(f"num_schedules must be an integer, got {num_schedules!r}")
-        if num_schedules < 1:
-            raise ValueError(f"num_schedules must be at least 1, got {num_schedules}")
+        self.num_schedules = as_count("num_schedules", num_schedules, least=1)
+        self.max_removed, self.max_iterations = int(max_removed), int(max_iterations)
         check_loss(kind, beta, normalize_target)
         check_matching(num_protected, split, None)
-        self.num_schedules, self.max_removed, self.max_iterations = num_schedules, max_removed, max_iterations
         self.kind, self.beta, self.normalize_target = kind, float(beta), normalize_target
-        self.num_protected, self.split = num_protected, split
-        self.manual_seed(int(torch.randint(2**63 - 1, ())))
+        self.num_protected, self.split = int(num_protected), split
+        self.manual_seed(int(torch.randint(2**63 - 1, (), device="cpu")))
 
     def manual_seed(self, seed: int) -> DTMLoss:
         """Start the draw anew from `seed`; returns the module."""
@@ -135,7 +133,9 @@ class DTMLoss(nn.Module):
         return self.draw_state.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Continue the draw of a saved module."""
+        """Continue the draw of a saved module. Raises ValueError when `state` is not the state of a CPU generator."""
+        if not isinstance(state, Tensor) or state.shape != self.draw_state.shape or state.dtype != torch.uint8:
+            raise ValueError(f"state must be that of a CPU generator, got {state!r:.80}")
         self.draw_state = state.cpu().clone()
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def _draw(
     """Schedules int32 [L, max_iterations] and a seed int64 [1]; a custom op so that a compiled loss draws anew too."""
     generator = Generator()
     generator.set_state(state)
-    removed = torch.zeros(num_schedules, max_iterations, dtype=torch.int32)
+    removed = torch.zeros(num_schedules, max_iterations, dtype=torch.int32, device="cpu")
     for row in removed:
         drawn = MorphSchedule.sample(max(num_tokens, 1), max_removed, max_iterations, generator).removed
-        row[: len(drawn)] = torch.tensor(drawn)
+        row[: len(drawn)] = torch.tensor(drawn, device="cpu")
     seed = draw_seed(split, generator)  # type: ignore[arg-type]
     state.copy_(generator.get_state())
     return removed, seed
@@ -181,4 +181,5 @@ def _draw(
 def _(
     state: Tensor, num_schedules: int, num_tokens: int, max_removed: int, max_iterations: int, split: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(num_schedules, max_iterations, dtype=torch.int32), torch.empty(1, dtype=torch.int64)
+    removed = torch.empty(num_schedules, max_iterations, dtype=torch.int32, device="cpu")
+    return removed, torch.empty(1, dtype=torch.int64, device="cpu")

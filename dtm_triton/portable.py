@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dtm_triton.kernels.settings import slope_dtype
 from dtm_triton.reference import LOWEST, add_rows, shuffled_slots
 
 GRAM_BYTES = 64 * 2**20
@@ -162,7 +163,7 @@ def loss_forward(
     x, y = _at_least_float32(outputs), _at_least_float32(targets)
     separate = kind == "cosine" or normalize_target
     total = x.new_zeros(())
-    slopes = outputs.new_zeros((*size.shape, channels) if save else (0,))
+    slopes = outputs.new_zeros((*size.shape, channels) if save else (0,), dtype=slope_dtype(outputs.dtype, kind))
     for schedule, (groups, sizes) in enumerate(zip(index, size, strict=True)):
         members = sizes.clamp(min=1)
         if separate:
@@ -176,7 +177,7 @@ def loss_forward(
         if save:
             slopes[schedule] = slope
     count = len(index) * batch * tokens * (1 if kind == "cosine" else channels)
-    return total / max(count, 1), slopes
+    return (total / max(count, 1)).to(x.dtype), slopes
 
 
 def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> Tensor:
@@ -194,9 +195,9 @@ def _pointwise(difference: Tensor, kind: str, beta: float) -> tuple[Tensor, Tens
     if kind == "l1" or beta == 0:
         return distance, sign
     assert kind == "smooth_l1", kind
-    near = distance < beta
-    value = torch.where(near, 0.5 * difference.square() / beta, distance - 0.5 * beta)
-    return value, torch.where(near, difference / beta, sign)
+    far = distance >= beta
+    value = torch.where(far, distance - 0.5 * beta, 0.5 * difference.square() / beta)
+    return value, torch.where(far, sign, difference / beta)  # what is not a number is not far, and stays
 
 
 def _cosine(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ def loss(
     for groups, sizes in zip(index, size, strict=True):
         output, target = morph(outputs, groups, sizes), morph(targets, groups, sizes)
         total = total + _token_loss(output, target, kind, beta, normalize_target)
-    return total / max(len(index), 1)
+    return (total / max(len(index), 1)).to(outputs.dtype)
 
 
 def _token_loss(outputs: Tensor, targets: Tensor, kind: str, beta: float, normalize_target: bool) -> Tensor:
@@ -188,7 +188,8 @@ def _token_loss(outputs: Tensor, targets: Tensor, kind: str, beta: float, normal
     if kind == "l2":
         return F.mse_loss(outputs, targets)
     assert kind == "cosine", kind
-    return 1 - F.cosine_similarity(outputs, targets, dim=-1).mean()
+    lengths = outputs.norm(dim=-1).clamp(min=1e-8) * targets.norm(dim=-1).clamp(min=1e-8)
+    return 1 - ((outputs * targets).sum(-1) / lengths).mean()
 
 
 def add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:

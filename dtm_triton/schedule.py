@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator
+
+MOST_ITERATIONS = 2**20
+"""A schedule enters the ops as a tensor that has a column for each."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class MorphSchedule:
     removed: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.removed, (str, bytes)) or not isinstance(self.removed, Iterable):
-            raise TypeError(f"removed must be a sequence of integers, got {self.removed!r}")
-        object.__setattr__(self, "removed", tuple(_count("removed", r) for r in self.removed))
+        removed = self.removed.tolist() if hasattr(self.removed, "tolist") else self.removed  # a tensor or an array
+        if isinstance(removed, (str, bytes)) or not isinstance(removed, Sequence):
+            raise TypeError(f"removed must be a sequence of integers, got {removed!r:.80}")
+        object.__setattr__(self, "removed", tuple(as_count("every count in removed", count) for count in removed))
 
     @classmethod
     def uniform(cls, total: int, iterations: int) -> MorphSchedule:
@@ -40,7 +44,7 @@ class MorphSchedule:
         >>> MorphSchedule.uniform(100, 3)
         MorphSchedule(removed=(34, 33, 33))
         """
-        total, iterations = _count("total", total), _count("iterations", iterations, least=1)
+        total, iterations = as_count("total", total), as_count("iterations", iterations, least=1)
         share, rest = divmod(total, iterations)
         return cls((share + 1,) * rest + (share,) * (iterations - rest))
 
@@ -64,12 +68,12 @@ class MorphSchedule:
         >>> MorphSchedule.sample(196, 196, 14, torch.Generator().manual_seed(0)).num_groups(196) <= 196
         True
         """
-        num_tokens = _count("num_tokens", num_tokens, least=1)
-        max_removed = _count("max_removed", max_removed)
-        max_iterations = _count("max_iterations", max_iterations, least=1)
+        num_tokens = as_count("num_tokens", num_tokens, least=1)
+        max_removed = as_count("max_removed", max_removed)
+        max_iterations = as_count("max_iterations", max_iterations, least=1, most=MOST_ITERATIONS)
         limit = min(max_removed, num_tokens)
-        total = int(torch.randint(limit + 1, (), generator=generator))
-        iterations = int(torch.randint(1, max_iterations + 1, (), generator=generator))
+        total = int(torch.randint(limit + 1, (), generator=generator, device="cpu"))
+        iterations = int(torch.randint(1, max_iterations + 1, (), generator=generator, device="cpu"))
         removed = -(-total // iterations)
         if removed * iterations > limit:
             removed = total // iterations
@@ -81,7 +85,8 @@ class MorphSchedule:
         >>> MorphSchedule((98, 98, 98)).capped(196, num_protected=1)
         (97, 49, 24)
         """
-        left, capped = num_tokens, []
+        left, capped = as_count("num_tokens", num_tokens), []
+        num_protected = as_count("num_protected", num_protected)
         for count in self.removed:
             capped.append(max(0, min(count, (left - num_protected) // 2)))
             left -= capped[-1]
@@ -96,13 +101,21 @@ class MorphSchedule:
         return num_tokens - sum(self.capped(num_tokens, num_protected))
 
 
-def _count(name: str, value: object, least: int = 0) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must hold integers, got {value!r}")
+def as_count(name: str, value: object, least: int = 0, most: int | None = None) -> int:
+    """The integer that `value` is (NumPy's too), within bounds.
+
+    >>> as_count("r", 2.5)
+    Traceback (most recent call last):
+    TypeError: r must be an integer, got 2.5
+    """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         count = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must hold integers, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
+    if most is not None and count > most:
+        raise ValueError(f"{name} must be at most {most}, got {count}")
     return count

@@ -64,7 +64,9 @@ def matching_cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_tokens: 
         draw(st.integers(0, 2**16)),
         draw(st.sampled_from(DTYPES)),
     )
-    removed = draw(st.lists(st.integers(0, max(2, tokens // 2)), min_size=0, max_size=4))
+    most = max(2, tokens // 2)
+    merging = st.lists(st.integers(1, most), min_size=1, max_size=4)
+    removed = draw(st.one_of(merging, merging, merging, st.lists(st.integers(0, most), max_size=4)))
     options = dict(
         num_protected=draw(st.integers(0, 1)),
         split=draw(st.sampled_from(["alternating", "random"])),

@@ -12,14 +12,15 @@ from dtm_triton import morph, tome
 X = torch.randn(2, 8, 3)
 GROUPS = morph.match_tokens(X, [3])
 OTHER = morph.match_tokens(torch.randn(2, 9, 3), [3])
+EMPTY = morph.TokenGroups(GROUPS.index, torch.cat([GROUPS.size, torch.zeros(2, 1)], 1).int())
 SCHEDULE = morph.MorphSchedule((3,))
 
 CASES: list[tuple[Any, type[Exception], str]] = [
     (lambda: morph.match_tokens(X[0], [3]), ValueError, r"features must have shape \[B, N, C\], got \[8, 3\]"),
     (lambda: morph.match_tokens(X.long(), [3]), TypeError, r"features must be float16.*got torch.int64"),
     (lambda: morph.match_tokens([[1.0]], [3]), TypeError, r"features must be a tensor, got list"),
-    (lambda: morph.match_tokens(X, [-3]), ValueError, r"removed must be at least 0, got -3"),
-    (lambda: morph.match_tokens(X, [0.5]), TypeError, r"removed must hold integers, got 0.5"),
+    (lambda: morph.match_tokens(X, [-3]), ValueError, r"every count in removed must be at least 0, got -3"),
+    (lambda: morph.match_tokens(X, [0.5]), TypeError, r"every count in removed must be an integer, got 0.5"),
     (lambda: morph.match_tokens(X, 3), TypeError, r"removed must be a sequence of integers, got 3"),
     (lambda: morph.match_tokens(X, [3], num_protected=2), ValueError, r"num_protected must be 0 or 1, got 2"),
     (lambda: morph.match_tokens(X, [3], num_protected=-1), ValueError, r"num_protected must be 0 or 1, got -1"),
@@ -33,11 +34,34 @@ CASES: list[tuple[Any, type[Exception], str]] = [
     (lambda: morph.merge_tokens(X, OTHER), ValueError, r"groups of 2 x 9 tokens do not belong to x of shape"),
     (lambda: morph.merge_tokens(X[:1], GROUPS), ValueError, r"groups of 2 x 8 tokens do not belong to x"),
     (lambda: morph.merge_tokens(X, GROUPS.index), TypeError, r"groups must be TokenGroups, got Tensor"),
-    (lambda: morph.merge_tokens(X, (GROUPS.index.long(), GROUPS.size)), TypeError, r"groups.index must be int32, got"),
-    (lambda: morph.merge_tokens(X, (GROUPS.index, GROUPS.size[0])), ValueError, r"must be \[B, N\] and \[B, G\], got"),
-    (lambda: morph.merge_tokens(X, (GROUPS.index + 9, GROUPS.size)), ValueError, r"groups.index must lie in 0..4, got"),
-    (lambda: morph.merge_tokens(X, (GROUPS.index - 1, GROUPS.size)), ValueError, r"groups.index must lie in 0..4, got"),
-    (lambda: morph.merge_tokens(X, (GROUPS.index, GROUPS.size + 1)), ValueError, r"groups.size must count"),
+    (
+        lambda: morph.merge_tokens(X, morph.TokenGroups(GROUPS.index.long(), GROUPS.size)),
+        TypeError,
+        r"groups.index must be int32, got",
+    ),
+    (
+        lambda: morph.merge_tokens(X, morph.TokenGroups(GROUPS.index, GROUPS.size[0])),
+        ValueError,
+        r"must be \[B, N\] and \[B, G\], got",
+    ),
+    (
+        lambda: morph.merge_tokens(X, morph.TokenGroups(GROUPS.index + 9, GROUPS.size)),
+        ValueError,
+        r"groups.index must lie in 0..4, got",
+    ),
+    (
+        lambda: morph.merge_tokens(X, morph.TokenGroups(GROUPS.index - 1, GROUPS.size)),
+        ValueError,
+        r"groups.index must lie in 0..4, got",
+    ),
+    (
+        lambda: morph.merge_tokens(X, morph.TokenGroups(GROUPS.index, GROUPS.size + 1)),
+        ValueError,
+        r"groups.size must count",
+    ),
+    (lambda: morph.unmerge_tokens(X[:, :5], tuple(GROUPS)), TypeError, r"groups must be TokenGroups, got tuple"),
+    (lambda: morph.merge_tokens(X, EMPTY), ValueError, r"groups.size must be at least 1, got a group without tokens"),
+    (lambda: morph.match_tokens(X.to_sparse(), [3]), TypeError, r"features must be dense, got torch.sparse_coo"),
     (lambda: morph.merge_tokens(X.to("meta"), GROUPS), ValueError, r"groups.index is on cpu but x is on meta"),
     (lambda: morph.unmerge_tokens(X, GROUPS), ValueError, r"groups of 2 x 5 groups do not belong to merged of shape"),
     (lambda: morph.morph_tokens(X[..., 0], GROUPS), ValueError, r"x must have shape \[B, N, C\], got \[2, 8\]"),
@@ -62,6 +86,11 @@ CASES: list[tuple[Any, type[Exception], str]] = [
     (lambda: morph.DTMLoss(max_iterations=0), ValueError, r"max_iterations must be at least 1, got 0"),
     (lambda: morph.DTMLoss(kind="l3"), ValueError, r"kind must be one of .*, got 'l3'"),
     (lambda: morph.DTMLoss()(X, X[:1]), ValueError, r"targets must have the shape of outputs"),
+    (
+        lambda: morph.DTMLoss().load_state_dict({"_extra_state": torch.zeros(3)}),
+        ValueError,
+        r"state must be that of a CPU",
+    ),
     (lambda: tome.bipartite_soft_matching(X, 2, distill_token=True), ValueError, r"needs class_token=True"),
 ]
 
@@ -73,11 +102,11 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
 
 
 def test_more_removals_than_possible_are_capped() -> None:
-    groups = morph.match_tokens(X, [10**12, 10**12, 10**12, 10**12, 10**12])
+    groups = morph.match_tokens(X, [10**30, 10**12, 2**31, 2**63, 10**12])
     assert groups.num_groups == 1 and groups.size.tolist() == [[8], [8]]
     assert morph.match_tokens(X, [100], num_protected=1).num_groups == 5
 
 
-def test_triton_asked_for_where_it_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_asked_for_where_it_cannot_run_says_why() -> None:
     with pytest.raises(ValueError, match=r"backend='triton' cannot run on meta: "):
         morph.match_tokens(X.to("meta"), [3], backend="triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -163,22 +164,25 @@ def test_twice_backward_and_autocast(backend: str) -> None:
 def test_a_second_derivative_is_refused() -> None:
     outputs, targets = torch.randn(1, 6, 3, requires_grad=True), torch.randn(1, 6, 3)
     loss = morph.dtm_loss(outputs, targets, morph.MorphSchedule((2,)))
-    (grad,) = torch.autograd.grad(loss, outputs, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, outputs, create_graph=True)
 
 
 def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Tensor] = []
     slopes: list[Tensor] = []
-    op = loss_ops.dtm_loss
+    groups = morph.match_tokens(torch.randn(1, 6, 3), [2])
 
-    def spy(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
-        results = op(*arguments)
-        slopes.append(results[1])
-        return results
+    def spy(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        def call(*arguments: object) -> tuple[Tensor, ...]:
+            results = op(*arguments)
+            slopes.append(results[1])
+            return results
 
-    monkeypatch.setattr(loss_ops, "dtm_loss", spy)
+        return call
+
+    for name in ("dtm_loss", "morph_loss"):
+        monkeypatch.setattr(loss_ops, name, spy(getattr(loss_ops, name)))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         outputs, targets = torch.randn(1, 6, 3, requires_grad=True), torch.randn(1, 6, 3)
         with torch.no_grad():
@@ -187,3 +191,50 @@ def test_nothing_is_saved_without_a_gradient(monkeypatch: pytest.MonkeyPatch) ->
         assert not quiet.requires_grad and not saved and [x.numel() for x in slopes] == [0, 0]
         morph.dtm_loss(outputs, targets, morph.MorphSchedule((2,)))
         assert saved and slopes[-1].numel()
+        saved.clear()
+        with torch.no_grad():
+            morph.morph_loss(outputs, targets, groups)
+        assert not saved and slopes[-1].numel() == 0
+
+
+@over_backends
+@pytest.mark.parametrize("kind", ["l2", "cosine"])
+def test_half_precision_gradients_do_not_overflow(backend: str, kind: str) -> None:
+    """The derivative per group may exceed float16 where the gradient, divided by the number of entries, does not."""
+    scale = 4e4 if kind == "l2" else 2e-6
+    outputs = (scale * torch.tensor([[[1.0, 0.5, -1.0, 1.0]]], device=DEVICE).repeat(1, 16, 1)).half()
+    targets = torch.tensor([[[-4e4, 1e4, 0.0, 2e4]]], device=DEVICE).repeat(1, 16, 1)
+    groups = morph.match_tokens(targets, [4], backend="portable")
+    _, grad = value_and_gradient(outputs, targets, groups, kind=kind, backend=backend)
+    _, truth = value_and_gradient(outputs.double(), targets.double(), groups, kind=kind, backend="reference")
+    assert grad.dtype == torch.float16 and grad.isfinite().all()
+    torch.testing.assert_close(grad.double(), truth, rtol=2e-3, atol=1e-3 * truth.abs().max().item())
+
+
+@over_backends
+def test_an_output_below_the_least_norm_counts_as_a_constant(backend: str) -> None:
+    """Cosine: norms are held at 1e-8, so that below it the gradient is that of a plain inner product."""
+    outputs, targets = torch.full((1, 2, 3), 1e-10, device=DEVICE), torch.randn(1, 2, 3, device=DEVICE)
+    groups = morph.match_tokens(targets, [0], backend="portable")
+    _, grad = value_and_gradient(outputs, targets, groups, kind="cosine", backend=backend)
+    expected = -targets / targets.norm(dim=-1, keepdim=True) / 1e-8 / 2
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=0)
+
+
+@over_backends
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2", "cosine"])  # the sign of what is not a number is 0
+def test_what_is_not_a_number_reaches_the_gradient(backend: str, kind: str) -> None:
+    outputs, targets = torch.randn(1, 8, 3, device=DEVICE), torch.randn(1, 8, 3, device=DEVICE)
+    groups = morph.match_tokens(targets, [3], backend="portable")
+    outputs[0, 5, 2] = torch.nan
+    _, grad = value_and_gradient(outputs, targets, groups, kind=kind, backend=backend)
+    assert not grad[0, 5].isfinite().all()
+
+
+@over_backends
+def test_targets_may_be_wider_than_outputs(backend: str) -> None:
+    outputs, targets = torch.randn(1, 8, 3, device=DEVICE), torch.randn(1, 8, 3, device=DEVICE)
+    groups = morph.match_tokens(targets, [3], backend="portable")
+    loss, grad = value_and_gradient(outputs, targets.double(), groups, backend=backend)
+    assert loss.dtype == grad.dtype == torch.float32
+    torch.testing.assert_close(loss, value_and_gradient(outputs, targets, groups, backend="portable")[0])

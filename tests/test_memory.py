@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dtm_triton import morph
+from dtm_triton import morph, portable
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts CPU allocations")
 
@@ -26,6 +26,16 @@ def test_matching_stays_far_below_100_mb() -> None:
     features = torch.randn(16, 196, 512)
     gram = 4 * 16 * 196**2
     assert gram <= peak_bytes(features, [14] * 14) < 3 * gram
+
+
+def test_chunks_do_not_change_random_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(7, 20, 5)
+    generator = torch.Generator().manual_seed(1)
+    whole = morph.match_tokens(features, [5, 4], split="random", generator=generator, backend="portable")
+    monkeypatch.setattr(portable, "GRAM_BYTES", 3 * 4 * 20**2)
+    generator = torch.Generator().manual_seed(1)
+    parts = morph.match_tokens(features, [5, 4], split="random", generator=generator, backend="portable")
+    assert parts.index.equal(whole.index)
 
 
 def test_a_large_batch_is_taken_in_chunks() -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from backends import DEVICE
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dtm_triton import morph
+from dtm_triton import groups, matching, modules, morph
 
 X = torch.randn(2, 16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +36,7 @@ def test_token_merge_is_differentiable() -> None:
 
 
 def test_a_protected_token_and_a_random_split() -> None:
-    merge = morph.TokenMerge([7, 7], num_protected=1, split="random", generator=torch.Generator().manual_seed(3))
+    merge = morph.TokenMerge([7, 7], num_protected=1, split="random")
     first, groups = merge(X)
     assert first[:, 0].equal(X[:, 0]) and (groups.index[:, 0] == 0).all()
     assert not merge(X)[1].index.equal(groups.index)
@@ -74,6 +79,58 @@ def test_dtm_loss_is_the_function_on_the_drawn_schedules() -> None:
     for _ in range(4):
         drawn = [morph.MorphSchedule.sample(16, 16, 4, generator) for _ in range(2)]
         assert module(X, X.flip(0)).equal(morph.dtm_loss(X, X.flip(0), drawn))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(kind="cosine"), dict(kind="l1"), dict(beta=0.5), dict(normalize_target=True), dict(num_protected=1)],
+    ids=str,
+)
+def test_dtm_loss_passes_its_settings_on(options: dict[str, Any]) -> None:
+    module = morph.DTMLoss(num_schedules=1, max_removed=16, max_iterations=4, **options).manual_seed(5)
+    drawn = morph.MorphSchedule.sample(16, 16, 4, torch.Generator().manual_seed(5))
+    assert drawn.num_groups(16) < 16
+    expected = morph.dtm_loss(X, X.flip(0), drawn, **options)
+    assert module(X, X.flip(0)).equal(expected)
+    assert not expected.equal(morph.dtm_loss(X, X.flip(0), drawn))
+
+
+def test_modules_run_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [morph.TokenMerge([4, 3])(X)[0], make().manual_seed(1)(X, X.flip(0))]
+    for module in (modules, groups, matching):
+        monkeypatch.setattr(module, "choose_backend", lambda backend, device: backend or "triton")
+    x = X.to(DEVICE)
+    actual = [morph.TokenMerge([4, 3])(x)[0], make().manual_seed(1)(x, x.flip(0))]
+    torch.testing.assert_close(actual, [result.to(DEVICE) for result in expected])
+
+
+def test_a_default_device_changes_nothing() -> None:
+    with torch.device("meta"):
+        groups = morph.match_tokens(X, [4, 2])
+        loss = make().manual_seed(1)(X, X.flip(0))
+        merged = morph.TokenMerge([3], split="random")(X)[0]
+    assert groups.index.equal(morph.match_tokens(X, [4, 2]).index)
+    assert loss.equal(make().manual_seed(1)(X, X.flip(0))) and merged.device == X.device
+
+
+def test_recomputation_sees_the_same_random_split() -> None:
+    module = morph.TokenMorph([6, 3], split="random")
+    weight = torch.randn(X.shape)
+
+    def gradient(checkpointed: bool) -> Tensor:
+        torch.manual_seed(0)
+        x = X.clone().requires_grad_()
+        y = checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        return torch.autograd.grad((y.square() * weight).sum(), x)[0]
+
+    assert gradient(True).equal(gradient(False))
+
+
+def test_groups_can_be_saved(tmp_path: Path) -> None:
+    groups = morph.match_tokens(X, [4])
+    torch.save(groups, tmp_path / "groups.pt")
+    loaded = torch.load(tmp_path / "groups.pt", weights_only=True)
+    assert isinstance(loaded, morph.TokenGroups) and loaded.index.equal(groups.index)
 
 
 def test_training_with_the_module_moves_outputs_to_morphed_targets() -> None:

@@ -41,6 +41,10 @@ compiled_backends = pytest.mark.parametrize("backend", ["portable", "triton"], i
         lambda b: (loss_ops.morph_loss, (tokens(), tokens(grad=False), *batched(), "smooth_l1", 2.0, False, True, b)),
         lambda b: (loss_ops.morph_loss, (tokens(), tokens(grad=False), *batched(), "cosine", 2.0, True, True, b)),
         lambda b: (
+            loss_ops.morph_loss,
+            (tokens(), tokens(grad=False).double(), *batched(), "l2", 2.0, False, True, b),
+        ),
+        lambda b: (
             loss_ops.dtm_loss,
             (tokens(), tokens(grad=False), ALL_KEPT, SEED, 0, False, "l1", 2.0, False, True, b),
         ),
@@ -56,6 +60,7 @@ compiled_backends = pytest.mark.parametrize("backend", ["portable", "triton"], i
         "morph",
         "smooth_l1",
         "cosine",
+        "float64 targets",
         "dtm_loss",
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -55,11 +56,15 @@ def test_draws_remove_the_same_in_every_iteration_and_never_too_much(
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: MorphSchedule((3, -1)), ValueError, "removed must be at least 0, got -1"),
-        (lambda: MorphSchedule((3, 1.5)), TypeError, "removed must hold integers, got 1.5"),
-        (lambda: MorphSchedule((True,)), TypeError, "removed must hold integers, got True"),
+        (lambda: MorphSchedule((3, -1)), ValueError, "every count in removed must be at least 0, got -1"),
+        (lambda: MorphSchedule((3, 1.5)), TypeError, "every count in removed must be an integer, got 1.5"),
+        (lambda: MorphSchedule((True,)), TypeError, "every count in removed must be an integer, got True"),
         (lambda: MorphSchedule(7), TypeError, "removed must be a sequence of integers, got 7"),
         (lambda: MorphSchedule("77"), TypeError, "removed must be a sequence of integers, got '77'"),
+        (lambda: MorphSchedule({3, 2}), TypeError, "removed must be a sequence of integers, got {2, 3}"),
+        (lambda: MorphSchedule((1,)).num_groups(10.5), TypeError, "num_tokens must be an integer, got 10.5"),
+        (lambda: MorphSchedule((1,)).num_groups(-1), ValueError, "num_tokens must be at least 0, got -1"),
+        (lambda: MorphSchedule.sample(9, 9, 2**63), ValueError, "max_iterations must be at most 1048576, got"),
         (lambda: MorphSchedule.uniform(-1, 2), ValueError, "total must be at least 0, got -1"),
         (lambda: MorphSchedule.uniform(4, 0), ValueError, "iterations must be at least 1, got 0"),
         (lambda: MorphSchedule.sample(0, 4, 2), ValueError, "num_tokens must be at least 1, got 0"),
@@ -70,3 +75,8 @@ def test_draws_remove_the_same_in_every_iteration_and_never_too_much(
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_counts_may_come_from_numpy_and_torch() -> None:
+    for removed in (np.array([3, 2]), torch.tensor([3, 2]), [np.int64(3), 2]):
+        assert MorphSchedule(removed) == MorphSchedule((3, 2))  # type: ignore[arg-type]

@@ -22,8 +22,9 @@ def members_kernel(
 ):
     image = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * ROWS
-    list_members(index + image * stride_b, members + image * num_tokens, members, first, num_tokens, 0,
-                 False, ROWS, COLUMNS)
+    list_members(
+        index + image * stride_b, members + image * num_tokens, members, first, num_tokens, 0, False, ROWS, COLUMNS
+    )
 
 
 @triton.jit
@@ -49,8 +50,21 @@ def merge_kernel(
     group = first + tl.arange(0, GROUPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     start, count = group_extent(size + image * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
-    value = reduce_members(x + image * stride_b, members + image * num_tokens, start, count, channel, num_tokens,
-                           num_channels, stride_n, stride_c, MODE, GROUPS, MEMBERS, CHANNELS)
+    value = reduce_members(
+        x + image * stride_b,
+        members + image * num_tokens,
+        start,
+        count,
+        channel,
+        num_tokens,
+        num_channels,
+        stride_n,
+        stride_c,
+        MODE,
+        GROUPS,
+        MEMBERS,
+        CHANNELS,
+    )
     inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
     place = (image * num_groups + group)[:, None] * num_channels + channel[None, :]
     tl.store(merged + place, value.to(merged.dtype.element_ty), mask=inside)
@@ -103,8 +117,21 @@ def morph_kernel(
     first = tl.program_id(1) * GROUPS
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     start, count = group_extent(size + image * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
-    mean = reduce_members(x + image * stride_b, members + image * num_tokens, start, count, channel, num_tokens,
-                          num_channels, stride_n, stride_c, "mean", GROUPS, MEMBERS, CHANNELS)
+    mean = reduce_members(
+        x + image * stride_b,
+        members + image * num_tokens,
+        start,
+        count,
+        channel,
+        num_tokens,
+        num_channels,
+        stride_n,
+        stride_c,
+        "mean",
+        GROUPS,
+        MEMBERS,
+        CHANNELS,
+    )
     mean = mean.to(out.dtype.element_ty)
     for listed in range(0, tl.max(count, 0), MEMBERS):
         token, valid = member_tokens(members + image * num_tokens, start, count, listed, num_tokens, MEMBERS)

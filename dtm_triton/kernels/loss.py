@@ -26,13 +26,13 @@ def loss_forward(
 
     outputs and targets [B, N, C], any strides, each of its own dtype; members int32 [L, B, N]; size int32 [L, B, G],
     where zeros may pad G. Returns the mean over schedules, tokens and (cosine apart) channels, float32 [], and the
-    unscaled slopes [L, B, G, C] in outputs' dtype, unspecified for empty groups, or an empty tensor when not `save`.
+    unscaled slopes [L, B, G, C] in `slope_dtype`, unspecified for empty groups, or an empty tensor when not `save`.
     Source: DTM, equations 4 and 5.
     """
     batch, num_tokens, num_channels = outputs.shape
     num_schedules, _, num_groups = size.shape
     shape = (*size.shape, num_channels) if save else (0,)
-    slopes = torch.empty(shape, dtype=outputs.dtype, device=outputs.device)
+    slopes = torch.empty(shape, dtype=settings.slope_dtype(outputs.dtype, kind), device=outputs.device)
     if outputs.numel() == 0 or size.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=outputs.device), slopes
     if kind == "smooth_l1" and beta == 0:

@@ -94,9 +94,21 @@ def loss_kernel(
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     start, count = group_extent(size + task * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     output, target = group_means(
-        outputs + image * output_stride_b, targets + image * target_stride_b, members + task * num_tokens,
-        start, count, channel, num_tokens, num_channels,
-        output_stride_n, output_stride_c, target_stride_n, target_stride_c, GROUPS, MEMBERS, CHANNELS,
+        outputs + image * output_stride_b,
+        targets + image * target_stride_b,
+        members + task * num_tokens,
+        start,
+        count,
+        channel,
+        num_tokens,
+        num_channels,
+        output_stride_n,
+        output_stride_c,
+        target_stride_n,
+        target_stride_c,
+        GROUPS,
+        MEMBERS,
+        CHANNELS,
     )
     value, slope = pointwise_loss(output - target, beta, KIND)
     inside = (count > 0)[:, None] & (channel < num_channels)[None, :]

@@ -78,8 +78,19 @@ def match_kernel(
         schedule = task // batch
         image = task % batch
         x = features + image.to(tl.int64) * stride_b
-        form_gram(x, gram, num_tokens, num_channels, stride_n, stride_c, gram_stride,
-                  GRAM_ROWS, GRAM_CHANNELS, PRECISION, UPCAST)
+        form_gram(
+            x,
+            gram,
+            num_tokens,
+            num_channels,
+            stride_n,
+            stride_c,
+            gram_stride,
+            GRAM_ROWS,
+            GRAM_CHANNELS,
+            PRECISION,
+            UPCAST,
+        )
         tl.store(orders + slot, slot)
         tl.store(parent + slot, slot)
         tl.store(touched + slot, 0 * slot)
@@ -98,25 +109,75 @@ def match_kernel(
                 nb = n // 2
                 if RANDOM_SPLIT:
                     state = split_state(seed, schedule, image, iteration)
-                    shuffle(orders + current, orders + SLOTS - current, state, n, na,
-                            NUM_PROTECTED, SLOTS, RANK_COLUMNS)
+                    shuffle(
+                        orders + current, orders + SLOTS - current, state, n, na, NUM_PROTECTED, SLOTS, RANK_COLUMNS
+                    )
                     current = SLOTS - current
                     tl.debug_barrier()
-                find_partners(gram, inverse_norm, orders + current, key, partner, na, nb, gram_stride,
-                              NUM_PROTECTED, MATCH_ROWS, MATCH_COLUMNS)
+                find_partners(
+                    gram,
+                    inverse_norm,
+                    orders + current,
+                    key,
+                    partner,
+                    na,
+                    nb,
+                    gram_stride,
+                    NUM_PROTECTED,
+                    MATCH_ROWS,
+                    MATCH_COLUMNS,
+                )
                 tl.debug_barrier()
-                select(orders + current, orders + SLOTS - current, key, partner, source, destination, parent, touched,
-                       iteration + 1, na, nb, r, NUM_PROTECTED, KEEP_ORDER, HALF, RANK_COLUMNS)
+                select(
+                    orders + current,
+                    orders + SLOTS - current,
+                    key,
+                    partner,
+                    source,
+                    destination,
+                    parent,
+                    touched,
+                    iteration + 1,
+                    na,
+                    nb,
+                    r,
+                    NUM_PROTECTED,
+                    KEEP_ORDER,
+                    HALF,
+                    RANK_COLUMNS,
+                )
                 current = SLOTS - current
                 n -= r
                 tl.debug_barrier()
                 link_sources(destination, successor, length, r, LINK_ROWS, RANK_COLUMNS)
                 tl.debug_barrier()
-                add_rows(gram, source, destination, successor, length, touched, iteration + 1, r, num_tokens,
-                         gram_stride, MERGE_ROWS, MERGE_COLUMNS)
+                add_rows(
+                    gram,
+                    source,
+                    destination,
+                    successor,
+                    length,
+                    touched,
+                    iteration + 1,
+                    r,
+                    num_tokens,
+                    gram_stride,
+                    MERGE_ROWS,
+                    MERGE_COLUMNS,
+                )
                 tl.debug_barrier()
-                add_columns(gram, inverse_norm, source, destination, successor, length, r, gram_stride,
-                            MERGE_ROWS, BLOCK_COLUMNS)
+                add_columns(
+                    gram,
+                    inverse_norm,
+                    source,
+                    destination,
+                    successor,
+                    length,
+                    r,
+                    gram_stride,
+                    MERGE_ROWS,
+                    BLOCK_COLUMNS,
+                )
                 tl.debug_barrier()
 
         # The token that a token's group lives in is reached through at most one parent per iteration.
@@ -130,13 +191,33 @@ def match_kernel(
         tl.store(index + result + slot, tl.load(position + root), mask=slot < num_tokens)
         tl.debug_barrier()
         for first in range(0, num_tokens, MATCH_ROWS):
-            list_members(index + result, members + result, size + result, first, num_tokens, num_tokens,
-                         True, MATCH_ROWS, RANK_COLUMNS)
+            list_members(
+                index + result,
+                members + result,
+                size + result,
+                first,
+                num_tokens,
+                num_tokens,
+                True,
+                MATCH_ROWS,
+                RANK_COLUMNS,
+            )
         tl.debug_barrier()
         if MERGE:
-            write_means(x, members + result, size + result, merged + image.to(tl.int64) * merge_rows * num_channels,
-                        num_tokens, num_channels, merge_rows, stride_n, stride_c,
-                        SLOTS, MEAN_GROUPS, MEAN_CHANNELS)
+            write_means(
+                x,
+                members + result,
+                size + result,
+                merged + image.to(tl.int64) * merge_rows * num_channels,
+                num_tokens,
+                num_channels,
+                merge_rows,
+                stride_n,
+                stride_c,
+                SLOTS,
+                MEAN_GROUPS,
+                MEAN_CHANNELS,
+            )
 
 
 @triton.jit
@@ -212,8 +293,21 @@ def write_means(
         start, count = group_extent(size, first, num_groups, num_tokens, GROUPS, BLOCK)
         for first_c in range(0, num_channels, CHANNELS):
             channel = first_c + tl.arange(0, CHANNELS)
-            mean = reduce_members(x, members, start, count, channel, num_tokens, num_channels, stride_n, stride_c,
-                                  "mean", GROUPS, 1, CHANNELS)
+            mean = reduce_members(
+                x,
+                members,
+                start,
+                count,
+                channel,
+                num_tokens,
+                num_channels,
+                stride_n,
+                stride_c,
+                "mean",
+                GROUPS,
+                1,
+                CHANNELS,
+            )
             inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
             place = group.to(tl.int64)[:, None] * num_channels + channel[None, :]
             tl.store(merged + place, mean.to(merged.dtype.element_ty), mask=inside)

@@ -49,9 +49,21 @@ def row_loss_kernel(
     start, count = group_extent(size + task * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
     channel = tl.arange(0, CHANNELS)
     output, target = group_means(
-        outputs + image * output_stride_b, targets + image * target_stride_b, members + task * num_tokens,
-        start, count, channel, num_tokens, num_channels,
-        output_stride_n, output_stride_c, target_stride_n, target_stride_c, GROUPS, MEMBERS, CHANNELS,
+        outputs + image * output_stride_b,
+        targets + image * target_stride_b,
+        members + task * num_tokens,
+        start,
+        count,
+        channel,
+        num_tokens,
+        num_channels,
+        output_stride_n,
+        output_stride_c,
+        target_stride_n,
+        target_stride_c,
+        GROUPS,
+        MEMBERS,
+        CHANNELS,
     )
 
     inside = (count > 0)[:, None] & (channel < num_channels)[None, :]
@@ -62,7 +74,10 @@ def row_loss_kernel(
     if KIND == "cosine":
         output_norm = tl.sqrt(tl.sum(output * output, 1))
         target_norm = tl.sqrt(tl.sum(target * target, 1))
-        inverse = 1.0 / (tl.maximum(output_norm, COSINE_EPS) * tl.maximum(target_norm, COSINE_EPS))
+        # Not tl.maximum, which would drop what is not a number.
+        output_length = tl.where(output_norm < COSINE_EPS, COSINE_EPS, output_norm)
+        target_length = tl.where(target_norm < COSINE_EPS, COSINE_EPS, target_norm)
+        inverse = 1.0 / (output_length * target_length)
         cosine = tl.sum(output * target, 1) * inverse
         # The norm of an output below the least norm counts as a constant.
         shrink = tl.where(output_norm > COSINE_EPS, cosine / tl.maximum(output_norm * output_norm, 1e-16), 0.0)

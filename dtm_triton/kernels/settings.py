@@ -129,6 +129,15 @@ def row_loss_settings(num_channels: int) -> GroupSettings:
     return GroupSettings(groups=1, members=2, channels=channels, num_warps=min(32, max(4, channels // 512)))
 
 
+def slope_dtype(outputs: torch.dtype, kind: str) -> torch.dtype:
+    """What the derivative per group is saved in: the outputs' dtype, but where it is unbounded not float16.
+
+    >>> slope_dtype(torch.float16, "smooth_l1"), slope_dtype(torch.float16, "l2")
+    (torch.float16, torch.float32)
+    """
+    return torch.float32 if outputs == torch.float16 and kind in ("l2", "cosine") else outputs
+
+
 def gather_settings(num_channels: int) -> GatherSettings:
     """Tiles for unmerging and for the loss's backward."""
     return GatherSettings(channels=min(128, max(16, _next_power_of_two(num_channels))))
