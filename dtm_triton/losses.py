@@ -198,7 +198,7 @@ def check_loss(kind: object, beta: object, normalize_target: object) -> None:
         raise ValueError(f"kind must be one of {LOSS_KINDS}, got {kind!r}")
     if isinstance(beta, bool) or not isinstance(beta, Real):
         raise TypeError(f"beta must be a number, got {beta!r}")
-    if not (math.isfinite(beta) and beta >= 0):
+    if not (math.isfinite(beta) and float(beta) >= 0):
         raise ValueError(f"beta must be finite and not negative, got {beta}")
     if not isinstance(normalize_target, bool):
         raise TypeError(f"normalize_target must be a bool, got {normalize_target!r}")

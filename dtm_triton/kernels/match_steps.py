@@ -45,6 +45,17 @@ def inverse_root(square):
 
 
 @triton.jit
+def split_state(seed, schedule, image, iteration):
+    """The state of the counter-based generator for one split (uint32)."""
+    word = tl.load(seed)
+    state = hash32(word.to(tl.uint32))
+    state = hash32(state ^ (word >> 32).to(tl.uint32))
+    state = hash32(state ^ schedule.to(tl.uint32))
+    state = hash32(state ^ image.to(tl.uint32))
+    return hash32(state ^ tl.cast(iteration, tl.uint32))
+
+
+@triton.jit
 def shuffle(order, shuffled, state, n, na, NUM_PROTECTED: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """Sort the slots by a hash of (state, slot), protected ones first; the first half becomes A, the rest B."""
     i = tl.arange(0, SLOTS)

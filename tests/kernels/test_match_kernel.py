@@ -163,9 +163,9 @@ def test_images_and_schedules_do_not_meet() -> None:
     features, removed = normal(3, 11, 7), counts([4, 2], [2, 2])
     together = launch.match(features, removed, torch.tensor([1]), **PLAIN)[:3]
     for image, schedule in product(range(3), range(2)):
-        alone = launch.match(
-            features[image : image + 1], removed[schedule : schedule + 1], torch.tensor([1]), **PLAIN
-        )[:3]
+        alone = launch.match(features[image : image + 1], removed[schedule : schedule + 1], torch.tensor([1]), **PLAIN)[
+            :3
+        ]
         assert all(torch.equal(a[schedule, image], b[0, 0]) for a, b in zip(together, alone, strict=True))
 
 
