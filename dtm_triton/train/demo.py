@@ -26,10 +26,10 @@ from dtm_triton.train.augment import Normalise
 from dtm_triton.train.build import build_student, build_targets
 from dtm_triton.train.checkpoint import write_atomically
 from dtm_triton.train.command_line import run_command
-from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.distributed import Processes
 from dtm_triton.train.draws import fold
-from dtm_triton.train.pretrain import pretrain
+from dtm_triton.train.pretrain import pretrain, resolve
 from dtm_triton.train.probe import Metrics, exported_features, probe
 from dtm_triton.train.run_folder import refuse_changes
 from dtm_triton.train.side_by_side import die_with_parent, run_side_by_side
@@ -71,7 +71,7 @@ def run_demo(demo: Demo, processes: Processes) -> dict[str, Metrics]:
     """Run every stage that is not finished; returns {row: {"knn", "linear_probe"}}, also kept in results.json."""
     students = demo.students()
     path = demo.folder / "results.json"
-    resolved = json.dumps({name: json.loads(to_json(config)) for name, config in students.items()})
+    resolved = json.dumps({name: json.loads(resolve(config)) for name, config in students.items()})
     if path.is_file():
         saved = json.loads(path.read_text())
         refuse_changes(demo.folder, json.dumps(saved["config"]), resolved)

@@ -134,7 +134,9 @@ class Trainer:
                 if end or improved or leaving or self.step % run.checkpoint_every == 0:
                     self._save(improved)
                 if leaving:
-                    book.say(f"{self.title}: stopped at step {self.step}, saved; the same command goes on from here")
+                    book.say(
+                        f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here"
+                    )
                     raise Stopped(leaving)
         return last
 
@@ -245,4 +247,4 @@ class Trainer:
         self.step, self.best, self.summed = step, state["best"], state["summed"]
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         if self.processes.first:
-            print(f"{self.title}: goes on from step {step} of {self.total}")
+            print(f"{self.title.strip()}: goes on from step {step} of {self.total}")

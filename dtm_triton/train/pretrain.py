@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,12 @@ from dtm_triton.train.pictures import draw_run
 from dtm_triton.train.run_folder import read_finished, write_finished
 
 
+def resolve(config: PretrainConfig) -> str:
+    """The configuration as JSON, without the place of a "conv" teacher: its own run answers for its weights."""
+    anywhere = replace(config, teacher=replace(config.teacher, weights=None))
+    return to_json(anywhere if config.teacher.kind == "conv" else config)
+
+
 def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-training") -> Metrics:
     """Pre-train as configured, or go on where the folder's run stopped; returns the metrics of the last evaluation.
 
@@ -33,7 +40,7 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     (plain timm weights), curves.png, groups.png, masks.png and finished.json. A finished run returns at once.
     Raises as `Trainer` does.
     """
-    folder, resolved = config.run.folder, to_json(config)
+    folder, resolved = config.run.folder, resolve(config)
     done = read_finished(folder, resolved)
     if done is not None:
         return done

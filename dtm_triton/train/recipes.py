@@ -66,7 +66,7 @@ def demo() -> PretrainConfig:
         optimizer=OptimizerConfig(lr=1e-3, warmup_epochs=2, betas=(0.9, 0.98), clip_norm=3.0),
         run=RunConfig(
             folder=Path("runs/demo_dtm"),
-            epochs=36,
+            epochs=44,
             batch_size=16,
             threads=1,  # a fixed number: the same bits on every run
             deterministic=True,

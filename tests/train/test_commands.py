@@ -134,13 +134,15 @@ def test_commands_have_help() -> None:
         assert stopped.value.code == 0
 
 
-def test_scripts_run_from_a_bare_checkout(tmp_path: Path) -> None:
-    """`python train/probe.py` imports the package from its own checkout, even where another one is installed."""
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "probe"])
+def test_scripts_run_from_a_bare_checkout(tmp_path: Path, command: str) -> None:
+    """`python train/pretrain.py` imports the package from its own checkout, even where another one is installed."""
     shutil.copytree(ROOT / "dtm_triton", tmp_path / "dtm_triton", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "train").symlink_to("dtm_triton/train")
-    with open(tmp_path / "dtm_triton" / "train" / "recipes.py", "a") as file:
-        file.write('PROBE["of_this_checkout"] = probe_demo\n')
-    words = [sys.executable, str(tmp_path / "train" / "probe.py"), "--help"]
+    recipes = tmp_path / "dtm_triton" / "train" / "recipes.py"
+    marker = f'{command.upper()}["of_this_checkout"] = next(iter({command.upper()}.values()))\n'
+    recipes.write_text(recipes.read_text() + marker)
+    words = [sys.executable, str(tmp_path / "train" / f"{command}.py"), "--help"]
     run = subprocess.run(words, cwd="/", env=environment(), capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert "of_this_checkout" in run.stdout

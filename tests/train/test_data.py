@@ -104,6 +104,16 @@ def test_evaluation_shares_and_limit() -> None:
     assert EvaluationBatches(images, 100, Processes(), limit=10).mine == list(range(0, 360, 36))
 
 
+def test_rows_of_all_processes_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(parts: list[torch.Tensor], mine: torch.Tensor) -> None:
+        parts[:] = [mine, mine[:1] + 10]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    rows = torch.tensor([[1.0], [2.0]])
+    assert Processes(count=2).gather_rows(rows).flatten().tolist() == [1, 2, 11]
+    assert torch.equal(Processes().gather_rows(rows), rows)
+
+
 def test_fold_separates_purposes() -> None:
     seeds = {fold(seed, name, step) for seed in range(3) for name in ("order", "crop") for step in range(50)}
     assert len(seeds) == 300

@@ -94,7 +94,7 @@ def test_finished_demo_says_so(killed: Path, capsys: pytest.CaptureFixture[str])
     for name, metrics in results.items():
         line = next(line for line in text.splitlines() if line.startswith(name))
         assert f"{100 * metrics['knn']:.1f} %" in line and f"{100 * metrics['linear_probe']:.1f} %" in line
-    with pytest.raises(FolderError, match="run.epochs: 1 -> 2"):
+    with pytest.raises(FolderError, match=r"run.epochs: 1 -> 2"):
         run_demo(Demo(folder=killed, epochs=2, teacher_epochs=1), Processes())
 
 

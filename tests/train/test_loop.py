@@ -18,7 +18,7 @@ from torch import Tensor
 from dtm_triton.train.checkpoint import FolderError, load_checkpoint, saved_steps
 from dtm_triton.train.logbook import read_metrics
 from dtm_triton.train.loop import Trainer
-from dtm_triton.train.stop import Stopped
+from dtm_triton.train.stop import Stopped, StopRequest
 
 TOTAL = 22  # steps of a tiny run
 
@@ -107,6 +107,13 @@ def test_signals_save_and_restore_their_handlers(tmp_path: Path, number: int, co
     assert stopped.value.exit_code == code
     assert signal.getsignal(number) is before
     assert [path.name for path in saved_steps(tmp_path / "checkpoints")] == ["step_000000003.pt"]
+
+
+def test_a_second_signal_acts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
