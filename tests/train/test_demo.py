@@ -16,7 +16,7 @@ import pytest
 
 from dtm_triton.train import demo as demo_command
 from dtm_triton.train.checkpoint import FolderError
-from dtm_triton.train.demo import Demo, run_demo
+from dtm_triton.train.demo import Demo, describe, run_demo
 from dtm_triton.train.distributed import Processes
 from dtm_triton.train.logbook import read_metrics
 from dtm_triton.train.pretrain import pretrain
@@ -96,6 +96,20 @@ def test_finished_demo_says_so(killed: Path, capsys: pytest.CaptureFixture[str])
         assert f"{100 * metrics['knn']:.1f} %" in line and f"{100 * metrics['linear_probe']:.1f} %" in line
     with pytest.raises(FolderError, match=r"run.epochs: 1 -> 2"):
         run_demo(Demo(folder=killed, epochs=2, teacher_epochs=1), Processes())
+
+
+def test_claims_follow_the_table(killed: Path) -> None:
+    results = json.loads((killed / "results.json").read_text())["results"]
+    demo = Demo(folder=killed)
+    weak = {**results, "DTM student": results["untrained student"]}
+    strong = {**results, "DTM student": {"knn": 0.9, "linear_probe": 0.9}}
+    assert "What it shows: nothing" in describe(demo, weak)
+    text = describe(demo, strong)
+    assert (
+        "right on 90.0 % of the digits" in text
+        and f"{100 * results['untrained student']['linear_probe']:.1f} %" in text
+    )
+    assert "standard error of about 1.6 points" in text
 
 
 def test_baselines_of_the_table(killed: Path) -> None:
