@@ -15,7 +15,7 @@ BACKENDS = ("reference", "portable", "triton", "triton-small")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Kernels run on the GPU where there is one, else in Triton's interpreter on the CPU."""
 
-EXAMPLES = {"reference": 40, "portable": 40, "triton": 4, "triton-small": 3}
+EXAMPLES = {"reference": 40, "portable": 40, "triton": 3, "triton-small": 2}
 """The interpreter takes up to a second for what the others do in a millisecond."""
 
 if DEVICE.type == "cuda":
