@@ -36,12 +36,12 @@ from dtm_triton.train.side_by_side import die_with_parent, run_side_by_side
 
 HELD_OUT = 360  # digits
 TITLES = {"tokenwise": "token-wise student", "dtm": "DTM student       "}
-LEARNT = """What it shows: from masked images the DTM student learnt to predict its teacher's features. A linear probe
-  is right on {dtm:.1f} % of the digits; on the same student's untrained features, on {untrained:.1f} %."""
+LEARNT = """What it shows: from masked images the DTM student learnt to predict its teacher's features. A linear
+  probe is right on {dtm:.1f} % of the digits; on the same student's untrained features, on {untrained:.1f} %."""
 NOT_LEARNT = "What it shows: nothing; the DTM student is no better than untrained, within the error. Train for longer."
 LIMITS = """What it does not show: learning without labels, for the teacher was trained with all of them; nor that
-  morphing helps: one seed on {held_out} held-out digits has a standard error of about {error:.1f} points, and over six paired
-  seeds the difference between the two students was not significant on digits. It takes larger images to tell."""
+  morphing helps: one seed on {held_out} held-out digits has a standard error of about {error:.1f} points, and digits
+  of 36 tokens are too small a task to tell the two students apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
