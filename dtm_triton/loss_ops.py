@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dtm_triton import portable
+from dtm_triton import portable_loss
 from dtm_triton.kernels.settings import slope_dtype
 from dtm_triton.ops import _kernels, match
 
@@ -66,7 +66,7 @@ def dtm_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Matching on the targets, then the loss: the loss, slopes [L, B, N, C] if `save`, index [L, B, N]."""
-    index, size, members = match(targets, removed, seed, num_protected, random_split, num_protected > 0, backend)
+    index, size, members = match(targets, removed, seed, num_protected, random_split, num_protected > 0, None, backend)
     return *_loss(outputs, targets, index, size, members, kind, beta, normalize_target, save, backend), index
 
 
@@ -94,7 +94,7 @@ def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float, bac
     """grad * scale * (the sum over schedules of each token's slopes): [B, N, C] in the slopes' dtype."""
     if kernels := _kernels(backend, slopes, index):
         return kernels.loss_backward(grad, slopes, index, scale=scale)
-    return portable.loss_backward(grad, slopes, index, scale)
+    return portable_loss.loss_backward(grad, slopes, index, scale)
 
 
 @loss_backward.register_fake
@@ -150,7 +150,7 @@ def _loss(
     options: dict[str, Any] = dict(kind=kind, beta=beta, normalize_target=normalize_target)
     if kernels := _kernels(backend, outputs, targets, size):
         return kernels.loss_forward(outputs, targets, members, size, **options, save=save)
-    return portable.loss_forward(outputs, targets, index, size, **options, save=save)
+    return portable_loss.loss_forward(outputs, targets, index, size, **options, save=save)
 
 
 def _fake_loss(outputs: Tensor) -> Tensor:

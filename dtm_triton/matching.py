@@ -64,7 +64,7 @@ def match_tokens(
             features, counts, int(seed), num_protected=num_protected, random_split=random_split, keep_order=keep_order
         )
     else:
-        index, size, _ = ops.match(features, counts, seed, num_protected, random_split, keep_order, backend)
+        index, size, _ = ops.match(features, counts, seed, num_protected, random_split, keep_order, None, backend)
     return TokenGroups(index[0], size[0, :, :num_groups].contiguous())
 
 

@@ -11,10 +11,11 @@ torch.Size([8, 98, 384])
 
 import torch  # noqa: F401  (the example's)
 
+from dtm_triton.dtm import DTMLoss
 from dtm_triton.groups import TokenGroups, merge_tokens, morph_tokens, unmerge_tokens
 from dtm_triton.losses import dtm_loss, morph_loss
 from dtm_triton.matching import match_tokens
-from dtm_triton.modules import DTMLoss, TokenMerge, TokenMorph
+from dtm_triton.modules import TokenMerge, TokenMorph
 from dtm_triton.schedule import MorphSchedule
 
 __all__ = [

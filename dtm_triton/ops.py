@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dtm_triton import portable
-from dtm_triton.kernels.settings import MAX_TOKENS
 
 
 def _kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
@@ -36,12 +35,14 @@ def match(
     num_protected: int,
     random_split: bool,
     keep_order: bool,
+    threshold: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """features [B, N, C] -> index, size (padded with zeros) and members, int32 [L, B, N]."""
-    options: dict[str, Any] = dict(num_protected=num_protected, random_split=random_split, keep_order=keep_order)
-    kernels = _kernels(backend, features, removed)
-    if kernels is not None and features.shape[1] <= MAX_TOKENS:
+    options: dict[str, Any] = dict(
+        num_protected=num_protected, random_split=random_split, keep_order=keep_order, threshold=threshold
+    )
+    if kernels := _kernels(backend, features, removed):
         return kernels.match(features, removed, seed, **options)[:3]
     return portable.match(features, removed, int(seed), **options)
 
@@ -62,11 +63,11 @@ def match_merge(
     num_protected: int,
     random_split: bool,
     keep_order: bool,
+    threshold: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One schedule and the mean feature of every group: merged [B, G, C], index [1, B, N], size [1, B, N]."""
-    kernels = _kernels(backend, features, removed)
-    if kernels is not None and features.shape[1] <= MAX_TOKENS:
+    if kernels := _kernels(backend, features, removed):
         index, size, _, merged = kernels.match(
             features,
             removed,
@@ -74,10 +75,11 @@ def match_merge(
             num_protected=num_protected,
             random_split=random_split,
             keep_order=keep_order,
+            threshold=threshold,
             merge_rows=num_groups,
         )
         return merged, index, size
-    index, size, _ = match(features, removed, seed, num_protected, random_split, keep_order, backend)
+    index, size, _ = match(features, removed, seed, num_protected, random_split, keep_order, threshold, backend)
     return merge(features, index[0], size[0, :, :num_groups].contiguous(), "mean", backend), index, size
 
 
@@ -98,7 +100,7 @@ def _match_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _match_merge_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     index, size = ctx.saved_tensors
     share = grad / size[0, :, : ctx.num_groups, None]
-    return unmerge(share, index[0], ctx.backend), None, None, None, None, None, None, None
+    return unmerge(share, index[0], ctx.backend), *[None] * 8
 
 
 match_merge.register_autograd(_match_merge_backward, setup_context=_match_merge_setup)

@@ -10,15 +10,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtm_triton.kernels.settings import slope_dtype
-from dtm_triton.reference import LOWEST, add_rows, shuffled_slots
+from dtm_triton.reference import LOWEST, shuffled_slots
+from dtm_triton.rows import add_rows, at_least_float32, gather_rows
 
 GRAM_BYTES = 64 * 2**20
 """Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
 
 
 def match(
-    features: Tensor, removed: Tensor, seed: int, *, num_protected: int, random_split: bool, keep_order: bool
+    features: Tensor,
+    removed: Tensor,
+    seed: int,
+    *,
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group tokens by iterated bipartite matching; arguments and results are those of `reference.match`."""
     batch, tokens, _ = features.shape
@@ -44,7 +51,7 @@ def _match_images(
     keep_order: bool,
 ) -> None:
     """Fill index [L, b, N] for the images first_image .. first_image + b - 1."""
-    x = _at_least_float32(features)
+    x = at_least_float32(features)
     with torch.autocast(x.device.type, enabled=False):  # a half-precision Gram matrix would change decisions
         gram = x @ x.transpose(1, 2)
     for schedule, counts in enumerate(removed):
@@ -97,7 +104,7 @@ class _Matching:
         """Each a's highest cosine similarity and the b that has it, the first one on a tie."""
         square = self.gram.diagonal(dim1=1, dim2=2)
         inverse = torch.where(square > 0, square.rsqrt(), 0.0)
-        similarity = _rows(self.gram, a).gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
+        similarity = gather_rows(self.gram, a).gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
         similarity *= inverse.gather(1, b)[:, None, :]
         similarity *= inverse.gather(1, a)[:, :, None]
         similarity.masked_fill_(similarity.isnan(), LOWEST)
@@ -110,9 +117,9 @@ class _Matching:
 
     def _merge(self, source: Tensor, destination: Tensor) -> None:
         """Add the sources' rows and columns to their destinations'."""
-        add_rows(self.gram, destination, _rows(self.gram, source))
+        add_rows(self.gram, destination, gather_rows(self.gram, source))
         columns = self.gram.transpose(1, 2)
-        add_rows(columns, destination, _rows(columns, source))
+        add_rows(columns, destination, gather_rows(columns, source))
         self.owner = self.identity.scatter(1, source, destination).gather(1, self.owner)
 
     def groups(self) -> Tensor:
@@ -127,99 +134,16 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
     if mode == "amax":
         where = index.long()[:, :, None].expand_as(x)
         return x.new_zeros(shape).scatter_reduce_(1, where, x, "amax", include_self=False)
-    rows = _at_least_float32(x)
+    rows = at_least_float32(x)
     merged = add_rows(rows.new_zeros(shape), index.long(), rows)
     return (merged / size[:, :, None] if mode == "mean" else merged).to(x.dtype)
 
 
 def unmerge(merged: Tensor, index: Tensor) -> Tensor:
     """Give every token what its group holds: [B, G, D] -> [B, N, D]."""
-    return _rows(merged, index.long())
+    return gather_rows(merged, index.long())
 
 
 def morph(x: Tensor, index: Tensor, size: Tensor) -> Tensor:
     """Replace every token by its group's mean: [B, N, D] -> [B, N, D]."""
     return unmerge(merge(x, index, size, "mean"), index)
-
-
-def loss_forward(
-    outputs: Tensor,
-    targets: Tensor,
-    index: Tensor,
-    size: Tensor,
-    *,
-    kind: str,
-    beta: float,
-    normalize_target: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by each group's mean output, [L, B, G, C], when `save` (else an empty tensor).
-
-    Morphing is a symmetric projector, so that derivative, given to every token of the group, is the gradient up to the
-    constant that `loss_backward` applies. Saved unscaled: 1 / (B N C) times it would underflow in float16.
-    Shapes are those of `reference.loss`; columns of `size` may be padded with zeros. Source: DTM, equations 4 and 5.
-    """
-    batch, tokens, channels = outputs.shape
-    x, y = _at_least_float32(outputs), _at_least_float32(targets)
-    separate = kind == "cosine" or normalize_target
-    total = x.new_zeros(())
-    slopes = outputs.new_zeros((*size.shape, channels) if save else (0,), dtype=slope_dtype(outputs.dtype, kind))
-    for schedule, (groups, sizes) in enumerate(zip(index, size, strict=True)):
-        members = sizes.clamp(min=1)
-        if separate:
-            output = merge(x, groups, members, "mean")
-            target = merge(y, groups, members, "mean")
-            target = _standardise(target) if normalize_target else target
-            value, slope = _cosine(output, target) if kind == "cosine" else _pointwise(output - target, kind, beta)
-        else:
-            value, slope = _pointwise(merge(x - y, groups, members, "mean"), kind, beta)
-        total = total + (value * sizes[:, :, None]).sum()
-        if save:
-            slopes[schedule] = slope
-    count = len(index) * batch * tokens * (1 if kind == "cosine" else channels)
-    return (total / max(count, 1)).to(x.dtype), slopes
-
-
-def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> Tensor:
-    """The gradient of the loss [B, N, C]: each token takes its groups' slopes, times `grad` and `scale`."""
-    total = sum(_rows(_at_least_float32(slope), groups.long()) for slope, groups in zip(slopes, index, strict=True))
-    assert isinstance(total, Tensor), "a loss has at least one schedule"
-    return (total * (grad * scale)).to(slopes.dtype)
-
-
-def _pointwise(difference: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """f and f' of a difference of means."""
-    if kind == "l2":
-        return difference.square(), 2 * difference
-    distance, sign = difference.abs(), difference.sign()
-    if kind == "l1" or beta == 0:
-        return distance, sign
-    assert kind == "smooth_l1", kind
-    far = distance >= beta
-    value = torch.where(far, distance - 0.5 * beta, 0.5 * difference.square() / beta)
-    return value, torch.where(far, sign, difference / beta)  # what is not a number is not far, and stays
-
-
-def _cosine(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cosine similarity of each row [B, G, 1], norms held at 1e-8 or above, and its derivative by `output`."""
-    square = output.square().sum(-1, keepdim=True)
-    length = square.sqrt().clamp(min=1e-8)
-    target = target / target.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    cosine = (output * target).sum(-1, keepdim=True) / length
-    pull = torch.where(square > 1e-16, cosine / length.square(), 0.0)  # a clamped norm is a constant
-    return 1 - cosine, pull * output - target / length
-
-
-def _standardise(target: Tensor) -> Tensor:
-    """Zero mean and unit unbiased variance over the channels."""
-    centred = target - target.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / max(target.shape[-1] - 1, 1)
-    return centred / (variance + 1e-6).sqrt()
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

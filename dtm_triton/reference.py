@@ -10,12 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtm_triton.rows import add_rows, at_least_float32, gather_rows
+
 LOWEST = -3e38
 """What a similarity that is not a number counts as."""
 
 
 def match(
-    features: Tensor, removed: Tensor, seed: int, *, num_protected: int, random_split: bool, keep_order: bool
+    features: Tensor,
+    removed: Tensor,
+    seed: int,
+    *,
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+    threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Group tokens by iterated bipartite matching, once for every schedule. Source: DTM, Algorithm 1.
 
@@ -52,7 +61,7 @@ def _match_schedule(
 ) -> Tensor:
     """One schedule: the dense 0/1 matrix [B, G, N] that tells which token is in which group."""
     batch, tokens, _ = features.shape
-    means = _at_least_float32(features)
+    means = at_least_float32(features)
     source = torch.eye(tokens, device=features.device, dtype=means.dtype).expand(batch, -1, -1)
     for iteration, count in enumerate(removed):
         groups = means.shape[1]
@@ -67,7 +76,7 @@ def _match_schedule(
 
         norm = means.norm(dim=-1, keepdim=True)
         unit = torch.where(norm > 0, means / norm, 0 * means)  # the cosine with a zero vector is 0
-        similarity = _rows(unit, a) @ _rows(unit, b).transpose(1, 2)  # [B, A, B]
+        similarity = gather_rows(unit, a) @ gather_rows(unit, b).transpose(1, 2)  # [B, A, B]
         similarity = similarity.where(~similarity.isnan(), LOWEST)
         if num_protected >= 1:
             similarity[:, 0, :] = -torch.inf
@@ -86,9 +95,9 @@ def _match_schedule(
 
         destination = b.gather(1, partner.gather(1, merging))
         into = slots.scatter(1, a.gather(1, merging), destination)  # the slot each slot's tokens move to
-        source = _rows(add_rows(torch.zeros_like(source), into, source), kept)
+        source = gather_rows(add_rows(torch.zeros_like(source), into, source), kept)
         # A sum over members, not a matrix product: one that is not a number must not reach the other groups.
-        sums = add_rows(torch.zeros_like(means), source.argmax(1), _at_least_float32(features))
+        sums = add_rows(torch.zeros_like(means), source.argmax(1), at_least_float32(features))
         means = sums[:, : kept.shape[1]] / source.sum(-1, keepdim=True)
     return source
 
@@ -131,7 +140,7 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], size.shape[1], x.shape[2])
         return torch.where(member[:, :, :, None], x[:, None], -torch.inf).amax(2)
-    rows = _at_least_float32(x)
+    rows = at_least_float32(x)
     out = add_rows(rows.new_zeros(x.shape[0], size.shape[1], x.shape[2]), index.long(), rows)
     return (out / size[:, :, None] if mode == "mean" else out).to(x.dtype)
 
@@ -142,7 +151,7 @@ def unmerge(merged: Tensor, index: Tensor) -> Tensor:
     >>> unmerge(torch.tensor([[[2.], [5.]]]), torch.tensor([[0, 0, 1]])).tolist()
     [[[2.0], [2.0], [5.0]]]
     """
-    return _rows(merged, index.long())
+    return gather_rows(merged, index.long())
 
 
 def morph(x: Tensor, index: Tensor, size: Tensor) -> Tensor:
@@ -151,7 +160,7 @@ def morph(x: Tensor, index: Tensor, size: Tensor) -> Tensor:
     >>> morph(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]])).tolist()
     [[[2.0], [2.0], [5.0]]]
     """
-    return unmerge(merge(_at_least_float32(x), index, size, "mean"), index).to(x.dtype)
+    return unmerge(merge(at_least_float32(x), index, size, "mean"), index).to(x.dtype)
 
 
 def loss(
@@ -166,7 +175,7 @@ def loss(
     ...      normalize_target=False).item()
     1.0
     """
-    outputs, targets = _at_least_float32(outputs), _at_least_float32(targets)
+    outputs, targets = at_least_float32(outputs), at_least_float32(targets)
     total = outputs.new_zeros(())
     for groups, sizes in zip(index, size, strict=True):
         output, target = morph(outputs, groups, sizes), morph(targets, groups, sizes)
@@ -190,23 +199,3 @@ def _token_loss(outputs: Tensor, targets: Tensor, kind: str, beta: float, normal
     assert kind == "cosine", kind
     lengths = outputs.norm(dim=-1).clamp(min=1e-8) * targets.norm(dim=-1).clamp(min=1e-8)
     return 1 - ((outputs * targets).sum(-1) / lengths).mean()
-
-
-def add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:
-    """matrix[b, into[b, i]] += rows[b, i] in place and return it; the same bits every time, whatever the device.
-
-    >>> add_rows(torch.zeros(1, 2, 1), torch.tensor([[1, 1]]), torch.tensor([[[2.], [3.]]])).flatten().tolist()
-    [0.0, 5.0]
-    """
-    if matrix.device.type == "cpu":
-        return matrix.scatter_add_(1, into[:, :, None].expand_as(rows), rows)
-    images = torch.arange(len(matrix), device=matrix.device)[:, None]
-    return matrix.index_put_((images, into), rows, accumulate=True)  # sorted there: scatter_add_ adds in any order
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -51,7 +51,7 @@ def bipartite_soft_matching(
         )
     else:
         seed = torch.zeros(1, dtype=torch.int64, device="cpu")
-        index, size, _ = ops.match(metric, removed, seed, protected, False, class_token, backend)
+        index, size, _ = ops.match(metric, removed, seed, protected, False, class_token, None, backend)
     num_groups = schedule.num_groups(metric.shape[1], protected)
     groups = TokenGroups(index[0], size[0, :, :num_groups].contiguous())
 

@@ -30,8 +30,9 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch every kernel with the smallest tiles it works with; tl.dot takes no less than 16."""
     from dtm_triton.kernels import settings
 
-    def match_settings(num_tokens: int, dtype: torch.dtype) -> settings.MatchSettings:
+    def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: str) -> settings.MatchSettings:
         return settings.MatchSettings(
+            fused=num_tokens % 2 == 0,
             slots=max(16, 1 << (num_tokens - 1).bit_length()),
             gram_rows=16,
             gram_channels=16,
@@ -52,4 +53,4 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "group_settings", lambda *_: group)
     monkeypatch.setattr(settings, "loss_settings", lambda *_: group)
     monkeypatch.setattr(settings, "gather_settings", lambda *_: settings.GatherSettings(tokens=4, channels=8))
-    monkeypatch.setattr(settings, "count_settings", lambda: settings.CountSettings(rows=4, columns=4))
+    monkeypatch.setattr(settings, "count_settings", lambda *_: settings.CountSettings(rows=4, columns=4))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dtm_triton.kernels import settings
 from dtm_triton.kernels.group_kernels import members_kernel, merge_kernel, morph_kernel, unmerge_kernel
+from dtm_triton.kernels.tables import family
 
 
 def group_members(index: Tensor, num_groups: int) -> Tensor:
@@ -20,7 +21,7 @@ def group_members(index: Tensor, num_groups: int) -> Tensor:
         return members
     if index.stride(1) != 1:
         index = index.contiguous()
-    tiles = settings.count_settings()
+    tiles = settings.count_settings(family(index.device))
     with torch.cuda.device_of(index):
         members_kernel[(batch, triton.cdiv(num_tokens, tiles.rows))](
             index=index,
@@ -45,7 +46,7 @@ def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
     merged = torch.empty((batch, num_groups, num_channels), dtype=x.dtype, device=x.device)
     if merged.numel() == 0:
         return merged
-    tiles = settings.group_settings(num_tokens, num_groups, num_channels)
+    tiles = settings.group_settings(num_tokens, num_groups, num_channels, family(x.device))
     grid = (batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
     with torch.cuda.device_of(x):
         merge_kernel[grid](
@@ -78,7 +79,7 @@ def unmerge(merged: Tensor, index: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     index = index.contiguous()
-    tiles = settings.gather_settings(num_channels)
+    tiles = settings.gather_settings(num_channels, family(merged.device))
     grid = (batch, triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(num_channels, tiles.channels))
     with torch.cuda.device_of(merged):
         unmerge_kernel[grid](
@@ -106,7 +107,7 @@ def morph(x: Tensor, members: Tensor, size: Tensor) -> Tensor:
     out = torch.empty((batch, num_tokens, num_channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tiles = settings.group_settings(num_tokens, num_groups, num_channels)
+    tiles = settings.group_settings(num_tokens, num_groups, num_channels, family(x.device))
     grid = (batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
     with torch.cuda.device_of(x):
         morph_kernel[grid](

@@ -9,6 +9,7 @@ from torch import Tensor
 from dtm_triton.kernels import settings
 from dtm_triton.kernels.loss_kernels import loss_backward_kernel, loss_kernel
 from dtm_triton.kernels.row_loss_kernel import row_loss_kernel
+from dtm_triton.kernels.tables import family
 
 
 def loss_forward(
@@ -38,7 +39,11 @@ def loss_forward(
     if kind == "smooth_l1" and beta == 0:
         kind = "l1"
     rows = kind == "cosine" or normalize_target
-    tiles = settings.row_loss_settings(num_channels) if rows else settings.loss_settings(num_channels)
+    tiles = (
+        settings.row_loss_settings(num_channels, family(outputs.device))
+        if rows
+        else settings.loss_settings(num_channels, batch, family(outputs.device))
+    )
     grid = (num_schedules * batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
     partial = torch.empty(grid, dtype=torch.float32, device=outputs.device)
     extra = {"STANDARDIZE": normalize_target} if rows else {}
@@ -86,7 +91,7 @@ def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> 
     grad_outputs = torch.empty((batch, num_tokens, num_channels), dtype=slopes.dtype, device=slopes.device)
     if grad_outputs.numel() == 0:
         return grad_outputs
-    tiles = settings.gather_settings(num_channels)
+    tiles = settings.gather_settings(num_channels, family(slopes.device))
     grid = (batch, triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(num_channels, tiles.channels))
     with torch.cuda.device_of(slopes):
         loss_backward_kernel[grid](

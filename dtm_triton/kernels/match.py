@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dtm_triton.kernels import settings
 from dtm_triton.kernels.match_kernel import match_kernel
-from dtm_triton.kernels.settings import MAX_TOKENS
+from dtm_triton.kernels.tables import family
 
 INTERPRETED = not isinstance(match_kernel, triton.runtime.JITFunction)
 """Whether the kernels run in Triton's interpreter, which is chosen before they are imported."""
@@ -22,6 +22,7 @@ def match(
     num_protected: int,
     random_split: bool,
     keep_order: bool,
+    threshold: float | None = None,
     merge_rows: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Group tokens by iterated bipartite matching, once for every schedule, in one launch. Source: DTM, Algorithm 1.
@@ -32,7 +33,7 @@ def match(
     """
     batch, num_tokens, num_channels = features.shape
     num_schedules, num_iterations = removed.shape
-    assert num_tokens <= MAX_TOKENS and num_protected in (0, 1, 2), (num_tokens, num_protected)
+    assert num_tokens <= settings.MAX_FUSED_TOKENS and num_protected in (0, 1, 2), (num_tokens, num_protected)
     assert not (random_split and num_protected == 2), "two protected tokens need the alternating split"
     assert merge_rows == 0 or num_schedules == 1, (merge_rows, num_schedules)
     device = features.device
@@ -44,7 +45,7 @@ def match(
         merged = torch.empty((batch, merge_rows, num_channels), dtype=features.dtype, device=device)
     if index.numel() == 0:
         return index, size, members, merged
-    tiles = settings.match_settings(num_tokens, features.dtype)
+    tiles = settings.match_settings(num_tokens, features.dtype, num_schedules * batch, family(device))
     programs = min(num_schedules * batch, tiles.max_programs)
     gram_stride = triton.cdiv(num_tokens, 16) * 16
     gram = torch.empty((programs, num_tokens + 1, gram_stride), dtype=torch.float32, device=device)

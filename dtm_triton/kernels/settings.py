@@ -1,7 +1,8 @@
-"""How the kernels are launched: tile sizes and warps as plain data, chosen by shape and dtype alone.
+"""How the kernels are launched: tile sizes and warps as plain data, chosen by op, shape bucket and GPU family.
 
-Nothing here asks the device. The numbers are the ones that compile without spilling for every target in
-tests/kernels/resources.json; tests swap the functions below for ones that return tiny tiles.
+Nothing here asks the device. The defaults are settings that compile without spilling for every target in
+tests/kernels/resources.json; a family's table under tuned/ overrides them bucket by bucket (`tables`). Tests swap the
+functions below for ones that return tiny tiles.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_TOKENS = 256
-"""More tokens than this do not fit the matching kernel's slots."""
+from dtm_triton.kernels.tables import tuned
+
+MAX_FUSED_TOKENS = 256
+"""More tokens than this do not fit the single launch of matching."""
+
+MAX_SLOTS = 1024
+"""More tokens than this do not fit the schedule kernel: they are matched by streaming."""
 
 MAX_COUNTED_TOKENS = 1024
 """Up to here the tokens are sorted by group by counting, which takes N^2 comparisons."""
+
+FEW_TASKS = 64
+"""Up to here one program a task leaves half of a large GPU's multiprocessors idle."""
 
 EXTENT_BLOCK = 256
 """Group sizes that a program adds at a time to find where its own groups start."""
@@ -22,14 +31,20 @@ EXTENT_BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class MatchSettings:
-    """Tiles of the matching kernel."""
+    """Tiles of matching on the Gram matrix."""
 
+    fused: bool
+    """Everything in one launch; otherwise a launch for the Gram matrices and one for the schedules."""
     slots: int
     """Tokens rounded up to a power of two: the length of every per-token list."""
     gram_rows: int
     """Rows and columns of a tile of the Gram matrix."""
     gram_channels: int
     """Channels that one step of the Gram matrix product takes."""
+    gram_warps: int = 4
+    """Warps of the Gram launch, when that is one of its own."""
+    gram_stages: int = 3
+    """Pipeline stages of the Gram launch, when that is one of its own."""
     match_rows: int = 64
     """A-slots that look for their partner together."""
     match_columns: int = 32
@@ -49,7 +64,7 @@ class MatchSettings:
     mean_channels: int = 128
     """Channels of a tile of group means."""
     max_programs: int = 256
-    """Programs of a launch; each has a Gram matrix of its own, so that all of them stay in the second-level cache."""
+    """Programs of the single launch; each has a Gram matrix of its own, so that all stay in the second-level cache."""
     max_registers: int = 224
     """Per thread, for NVIDIA: without a bound ptxas spills to make room for a second program on each multiprocessor."""
     num_warps: int = 8
@@ -87,50 +102,101 @@ class CountSettings:
     num_warps: int = 4
 
 
-def match_settings(num_tokens: int, dtype: torch.dtype) -> MatchSettings:
-    """Tiles for matching `num_tokens` tokens.
+def match_bucket(num_tokens: int, dtype: torch.dtype, num_tasks: int) -> str:
+    """What decides the settings of matching: slots, width of the dtype, and whether tasks can fill a GPU.
 
-    >>> match_settings(196, torch.bfloat16).slots
+    >>> match_bucket(196, torch.bfloat16, 256)
+    'n256 half many'
+    """
+    width = "single" if dtype == torch.float32 else "half"
+    return f"n{_slots(num_tokens)} {width} {'few' if num_tasks <= FEW_TASKS else 'many'}"
+
+
+def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: str) -> MatchSettings:
+    """Tiles for matching `num_tokens` tokens in `num_tasks` (schedule, image) pairs.
+
+    >>> match_settings(196, torch.bfloat16, 256, "cpu").slots
     256
     """
-    assert num_tokens <= MAX_TOKENS, num_tokens
-    slots = max(64, _next_power_of_two(num_tokens))
-    return MatchSettings(slots=slots, gram_rows=64, gram_channels=16 if dtype == torch.float32 else 64)
+    assert num_tokens <= MAX_SLOTS, num_tokens
+    default = MatchSettings(
+        fused=num_tokens <= 64,
+        slots=_slots(num_tokens),
+        gram_rows=64,
+        gram_channels=16 if dtype == torch.float32 else 64,
+    )
+    return tuned(default, "match", match_bucket(num_tokens, dtype, num_tasks), family)
 
 
-def group_settings(num_tokens: int, num_groups: int, num_channels: int) -> GroupSettings:
+def group_bucket(num_tokens: int, num_groups: int, num_channels: int) -> str:
+    """What decides the settings of merging and morphing: mean group size, and channels.
+
+    >>> group_bucket(196, 98, 512)
+    'small groups c128'
+    """
+    return f"{'small' if num_tokens <= 8 * num_groups else 'large'} groups c{_channels(num_channels)}"
+
+
+def group_settings(num_tokens: int, num_groups: int, num_channels: int, family: str) -> GroupSettings:
     """Tiles for merging and morphing: few large groups are walked several members at a time.
 
-    >>> group_settings(196, 98, 512).members, group_settings(196, 8, 512).members
+    >>> group_settings(196, 98, 512, "cpu").members, group_settings(196, 8, 512, "cpu").members
     (1, 8)
     """
-    channels = min(128, max(16, _next_power_of_two(num_channels)))
-    if num_tokens <= 8 * num_groups:
-        return GroupSettings(groups=16, members=1, channels=channels)
-    return GroupSettings(groups=2, members=8, channels=channels)
+    channels = _channels(num_channels)
+    small = num_tokens <= 8 * num_groups
+    default = GroupSettings(groups=16 if small else 2, members=1 if small else 8, channels=channels)
+    return tuned(default, "groups", group_bucket(num_tokens, num_groups, num_channels), family)
 
 
-def loss_settings(num_channels: int) -> GroupSettings:
-    """Tiles of the loss where channels count one by one. How large groups are is not known: a middling shape."""
-    return GroupSettings(groups=8, members=2, channels=min(128, max(16, _next_power_of_two(num_channels))))
+def loss_bucket(num_channels: int, batch: int) -> str:
+    """What decides the settings of the loss: channels, and whether images alone can fill a GPU.
+
+    >>> loss_bucket(512, 128)
+    'c128 many'
+    """
+    return f"c{_channels(num_channels)} {'few' if batch <= FEW_TASKS else 'many'}"
 
 
-def row_loss_settings(num_channels: int) -> GroupSettings:
+def loss_settings(num_channels: int, batch: int, family: str) -> GroupSettings:
+    """Tiles of the loss where channels count one by one. How large groups are is not known: a middling shape.
+
+    >>> loss_settings(512, 128, "cpu").channels
+    128
+    """
+    channels = min(_channels(num_channels), 32 if batch <= FEW_TASKS else 128)
+    return tuned(
+        GroupSettings(groups=8, members=2, channels=channels), "loss", loss_bucket(num_channels, batch), family
+    )
+
+
+def row_loss_bucket(num_channels: int) -> str:
+    """What decides the settings of the loss where a group's channels count together.
+
+    >>> row_loss_bucket(768)
+    'c1024'
+    """
+    return f"c{max(16, next_power_of_two(num_channels))}"
+
+
+def row_loss_settings(num_channels: int, family: str) -> GroupSettings:
     """Tiles of the loss where a group's channels count together: rows are as wide as C.
 
     Rows of more than 32,768 channels no longer fit the registers: right, but slow.
 
-    >>> row_loss_settings(768).channels
+    >>> row_loss_settings(768, "cpu").channels
     1024
     """
-    channels = max(16, _next_power_of_two(num_channels))
+    channels = max(16, next_power_of_two(num_channels))
     if channels <= 512:
-        return GroupSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
-    return GroupSettings(groups=1, members=2, channels=channels, num_warps=min(32, max(4, channels // 512)))
+        default = GroupSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
+    else:
+        default = GroupSettings(groups=1, members=2, channels=channels, num_warps=min(32, max(4, channels // 512)))
+    return tuned(default, "row_loss", row_loss_bucket(num_channels), family)
 
 
 def slope_dtype(outputs: torch.dtype, kind: str) -> torch.dtype:
-    """What the derivative per group is saved in: the outputs' dtype, but where it is unbounded not float16.
+    """What the unscaled gradient is saved in: the outputs' dtype, but where it is unbounded not float16.
 
     >>> slope_dtype(torch.float16, "smooth_l1"), slope_dtype(torch.float16, "l2")
     (torch.float16, torch.float32)
@@ -138,15 +204,37 @@ def slope_dtype(outputs: torch.dtype, kind: str) -> torch.dtype:
     return torch.float32 if outputs == torch.float16 and kind in ("l2", "cosine") else outputs
 
 
-def gather_settings(num_channels: int) -> GatherSettings:
-    """Tiles for unmerging and for the loss's backward."""
-    return GatherSettings(channels=min(128, max(16, _next_power_of_two(num_channels))))
+def gather_settings(num_channels: int, family: str) -> GatherSettings:
+    """Tiles for unmerging.
+
+    >>> gather_settings(512, "cpu").channels
+    128
+    """
+    channels = _channels(num_channels)
+    return tuned(GatherSettings(channels=channels), "gather", f"c{channels}", family)
 
 
-def count_settings() -> CountSettings:
-    """Tiles for sorting tokens by group."""
-    return CountSettings()
+def count_settings(family: str) -> CountSettings:
+    """Tiles for sorting tokens by group.
+
+    >>> count_settings("cpu").rows
+    32
+    """
+    return tuned(CountSettings(), "count", "any", family)
 
 
-def _next_power_of_two(number: int) -> int:
+def next_power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`.
+
+    >>> next_power_of_two(196), next_power_of_two(0)
+    (256, 1)
+    """
     return 1 << max(number - 1, 0).bit_length()
+
+
+def _slots(num_tokens: int) -> int:
+    return max(64, next_power_of_two(num_tokens))
+
+
+def _channels(num_channels: int) -> int:
+    return min(128, max(16, next_power_of_two(num_channels)))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from dtm_triton.dtm import DTMLoss
 from dtm_triton.losses import dtm_loss
-from dtm_triton.modules import DTMLoss
 from dtm_triton.schedule import MorphSchedule
 from dtm_triton.train.augment import Normalise, augment
 from dtm_triton.train.config import DataConfig, LossConfig
