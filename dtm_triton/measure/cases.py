@@ -18,6 +18,9 @@ OPS = ("match", "match_merge", "dtm_loss", "morph_loss", "merge", "unmerge", "mo
 METRIC_CHANNELS = 64
 """Channels of the keys that a ToMe step matches on; its tokens have the case's channels."""
 
+LOSS_SCALE = 2.0**16
+"""Without it the gradient of a mean over millions of elements is subnormal in float16."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -74,6 +77,8 @@ class Inputs:
     """For the ops that do not match."""
     removed: Tensor | None = None
     """The schedules of dtm_loss, int32 [L, K], on the features' device."""
+    grad: Tensor | None = None
+    """What comes back to a loss, float32 []: a loss scale, where float16 needs one."""
 
 
 def schedule_text(schedule: tuple[int, ...]) -> str:
@@ -151,7 +156,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return Inputs(
             features=random(batch, tokens, METRIC_CHANNELS), tokens=random(batch, tokens, channels), weights=weights
         )
-    groups = removed = outputs = None
+    groups = removed = outputs = grad = None
     if case.op in ("morph_loss", "merge", "unmerge", "morph"):
         groups = morph.match_tokens(
             random(batch, tokens, 16), case.schedules[0], num_protected=case.protected, backend="portable"
@@ -160,8 +165,9 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         removed = matching.schedules_tensor([morph.MorphSchedule(s) for s in case.schedules]).to(device)
     if case.op in ("dtm_loss", "morph_loss"):
         outputs = random(batch, tokens, channels).requires_grad_()
+        grad = torch.tensor(LOSS_SCALE if case.dtype == torch.float16 else 1.0, device=device)
     rows = case.num_groups[0] if case.op == "unmerge" else tokens
-    return Inputs(features=random(batch, rows, channels), outputs=outputs, groups=groups, removed=removed)
+    return Inputs(features=random(batch, rows, channels), outputs=outputs, groups=groups, removed=removed, grad=grad)
 
 
 def call(case: Case, inputs: Inputs, backend: str) -> Callable[[], tuple[Tensor, ...]]:
@@ -188,12 +194,12 @@ def _run(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
     if case.op == "dtm_loss":
         assert inputs.outputs is not None and inputs.removed is not None
         loss = morph.dtm_loss(inputs.outputs, x, inputs.removed, num_protected=protected, backend=backend)
-        return loss, *torch.autograd.grad(loss, inputs.outputs)
+        return loss, *torch.autograd.grad(loss, inputs.outputs, inputs.grad)
     assert groups is not None
     if case.op == "morph_loss":
         assert inputs.outputs is not None
         loss = morph.morph_loss(inputs.outputs, x, groups, backend=backend)
-        return loss, *torch.autograd.grad(loss, inputs.outputs)
+        return loss, *torch.autograd.grad(loss, inputs.outputs, inputs.grad)
     if case.op == "merge":
         return (morph.merge_tokens(x, groups, backend=backend),)
     if case.op == "unmerge":
