@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.library import custom_op
 
+from dtm_triton import loss_ops, ops
 from dtm_triton.backend import choose_backend
+from dtm_triton.groups import check_tokens
 from dtm_triton.losses import LossKind, check_loss, check_pair, matched_loss
 from dtm_triton.matching import Split, check_matching, draw_seed
 from dtm_triton.schedule import MorphSchedule, as_count
+
+
+class Matching(NamedTuple):
+    """What `DTMLoss.match` found: index, size and members, int32 [L, B, N], for L schedules."""
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
+    size: Tensor
+    members: Tensor
 
 
 class DTMLoss(nn.Module):
@@ -17,11 +29,12 @@ class DTMLoss(nn.Module):
 
     num_schedules: schedules per call, L. max_removed and max_iterations bound the draw (`MorphSchedule.sample`; tokens
     beyond the image's are not counted). Other arguments and errors as in `dtm_loss`.
-    forward(outputs [B, N, C], targets [B, N, C]) -> scalar. Works under torch.compile(fullgraph=True) without compiling
-    again when the draw changes. The state of the draw is part of state_dict(); it starts from PyTorch's default
-    generator, or from `manual_seed`. Data-parallel processes draw their own schedules when seeded differently: after
-    loading one state_dict() in all of them, seed each again. Leave the loss out of activation checkpointing: it
-    would draw other schedules when it computes again.
+    forward(outputs [B, N, C], targets [B, N, C]) -> scalar. With a third argument, what `match(targets)` gave, nothing
+    is drawn or matched: matching can then run on another CUDA stream while the student still computes the outputs.
+    Works under torch.compile(fullgraph=True) without compiling again when the draw changes. The state of the draw is
+    part of state_dict(); it starts from PyTorch's default generator, or from `manual_seed`. Data-parallel processes
+    draw their own schedules when seeded differently: after loading one state_dict() in all of them, seed each again.
+    Leave the loss out of activation checkpointing: it would draw other schedules when it computes again.
     Source: DTM, Algorithm 1 and section 3.3.
 
     >>> loss = DTMLoss(max_removed=12, max_iterations=3).manual_seed(0)
@@ -66,11 +79,31 @@ class DTMLoss(nn.Module):
             raise ValueError(f"state must be that of a CPU generator, got {state!r:.80}")
         self.draw_state = state.cpu().clone()
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def draw(self, num_tokens: int) -> Tensor:
+        """The schedules of one call on [B, num_tokens, C], int32 [L, max_iterations]: advances the draw.
+
+        To replay a captured CUDA graph with new schedules, copy them into the tensor that `dtm_loss` was captured with.
+
+        >>> DTMLoss(num_schedules=3, max_iterations=5).draw(196).shape
+        torch.Size([3, 5])
+        """
+        return self._draw(num_tokens)[0]
+
+    def match(self, targets: Tensor) -> Matching:
+        """Draw schedules and match targets [B, N, C]: what `forward` does first."""
+        check_tokens("targets", targets)
+        removed, seed = self._draw(targets.shape[1])
+        backend = choose_backend(None, targets.device)
+        random_split, keep_order = self.split == "random", self.num_protected > 0
+        options = (self.num_protected, random_split, keep_order, None)
+        return Matching(*ops.match(targets.detach(), removed, seed, *options, backend))
+
+    def forward(self, outputs: Tensor, targets: Tensor, matching: Matching | None = None) -> Tensor:
         check_pair(outputs, targets)
-        removed, seed = _draw(
-            self.draw_state, self.num_schedules, outputs.shape[1], self.max_removed, self.max_iterations, self.split
-        )
+        backend = choose_backend(None, outputs.device)
+        if matching is not None:
+            return self._loss_of(outputs, targets, matching, backend)
+        removed, seed = self._draw(outputs.shape[1])
         return matched_loss(
             outputs,
             targets,
@@ -81,8 +114,21 @@ class DTMLoss(nn.Module):
             normalize_target=self.normalize_target,
             num_protected=self.num_protected,
             split=self.split,
-            backend=choose_backend(None, outputs.device),
+            backend=backend,
         )
+
+    def _draw(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        return _draw(self.draw_state, self.num_schedules, num_tokens, self.max_removed, self.max_iterations, self.split)
+
+    def _loss_of(self, outputs: Tensor, targets: Tensor, matching: Matching, backend: str) -> Tensor:
+        if not isinstance(matching, Matching):
+            raise TypeError(f"matching must be what match() gave, got {matching!r:.80}")
+        if matching.index.shape[1:] != outputs.shape[:2]:
+            found = list(matching.index.shape[1:])
+            raise ValueError(f"matching must be of {list(outputs.shape[:2])} tokens like outputs, got {found}")
+        save = torch.is_grad_enabled() and outputs.requires_grad
+        options = (self.kind, self.beta, self.normalize_target, save, backend)
+        return loss_ops.morph_loss(outputs, targets.detach(), *matching, *options)[0]
 
     def extra_repr(self) -> str:
         names = ("num_schedules", "max_removed", "max_iterations", "kind", "beta", "normalize_target")

@@ -56,7 +56,7 @@ def morph_loss(
         return reference.loss(outputs, targets.detach(), index, size, **options)  # type: ignore[arg-type]
     save = torch.is_grad_enabled() and outputs.requires_grad
     loss, _ = loss_ops.morph_loss(
-        outputs, targets.detach(), index, size, kind, float(beta), normalize_target, save, backend
+        outputs, targets.detach(), index, size, None, kind, float(beta), normalize_target, save, backend
     )
     return loss
 
@@ -76,9 +76,11 @@ def dtm_loss(
 ) -> Tensor:
     """Dynamic Token Morphing: match the targets' tokens, then `morph_loss`, averaged over schedules.
 
-    outputs (student) and targets (teacher) [B, N, C]. schedules: one, several, or an int32 CPU tensor [L, K] of tokens
-    to remove, each row padded with zeros; in that last form torch.compile does not compile again when the schedules
-    change. Other arguments and errors as in `match_tokens` and `morph_loss`.
+    outputs (student) and targets (teacher) [B, N, C]. schedules: one, several, or an int32 tensor [L, K] of tokens to
+    remove, each row padded with zeros; in that last form torch.compile does not compile again when the schedules
+    change, and a captured CUDA graph reads them anew in every replay when the tensor is on the outputs' device (there
+    its values are not checked: what is negative removes nothing). With the random split a graph needs a CUDA generator.
+    Other arguments and errors as in `match_tokens` and `morph_loss`.
 
     Returns a scalar, differentiable once, in reverse mode, in `outputs` only.
     Source: DTM, Algorithm 1, equations 4 and 5.
@@ -91,7 +93,7 @@ def dtm_loss(
     check_pair(outputs, targets)
     check_loss(kind, beta, normalize_target)
     check_matching(num_protected, split, generator)
-    removed = check_schedules(schedules)
+    removed = check_schedules(schedules, outputs.device)
     seed, backend = draw_seed(split, generator), choose_backend(backend, outputs.device)
     return matched_loss(
         outputs,
@@ -140,25 +142,26 @@ def matched_loss(
         size = size.clamp(min=1)  # columns past the last group have no tokens; a mean over none would be 0 / 0
         return reference.loss(outputs, targets, index, size, kind=kind, beta=beta, normalize_target=normalize_target)
     save = torch.is_grad_enabled() and outputs.requires_grad
-    loss, _, _ = loss_ops.dtm_loss(
+    loss, _ = loss_ops.dtm_loss(
         outputs, targets, removed, seed, num_protected, random_split, kind, beta, normalize_target, save, backend
     )
     return loss
 
 
-def check_schedules(schedules: object) -> Tensor:
-    """Schedules in any accepted form as CPU int32 [L, K], L at least 1.
+def check_schedules(schedules: object, device: torch.device) -> Tensor:
+    """Schedules in any accepted form as int32 [L, K], L at least 1, on the CPU or on `device`.
 
-    >>> check_schedules(MorphSchedule((3, 2))).tolist()
+    >>> check_schedules(MorphSchedule((3, 2)), torch.device("cpu")).tolist()
     [[3, 2]]
     """
     if isinstance(schedules, Tensor):
-        if schedules.dtype != torch.int32 or schedules.ndim != 2 or schedules.device.type != "cpu":
+        on_cpu = schedules.device.type == "cpu"
+        if schedules.dtype != torch.int32 or schedules.ndim != 2 or not (on_cpu or schedules.device == device):
             raise ValueError(
-                "schedules as a tensor must be int32 [L, K] on the CPU, "
+                f"schedules as a tensor must be int32 [L, K] on the CPU or on {device}, "
                 f"got {schedules.dtype} {list(schedules.shape)} on {schedules.device}"
             )
-        if not torch.compiler.is_compiling() and bool((schedules < 0).any()):
+        if on_cpu and not torch.compiler.is_compiling() and bool((schedules < 0).any()):
             raise ValueError(f"schedules must not be negative, got {schedules.tolist()}")
         removed = schedules
     else:

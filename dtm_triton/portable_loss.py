@@ -24,18 +24,18 @@ def loss_forward(
     normalize_target: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its derivative by each group's mean output, [L, B, G, C], when `save` (else an empty tensor).
+    """The loss, and its gradient up to a constant, [B, N, C], when `save` (else an empty tensor).
 
-    Morphing is a symmetric projector, so that derivative, given to every token of the group, is the gradient up to the
-    constant that `loss_backward` applies. Saved unscaled: 1 / (B N C) times it would underflow in float16.
+    Morphing is a symmetric projector, so the derivative by a group's mean output, given to every token of the group,
+    is the gradient up to the constant that `loss_backward` applies: 1 / (B N C) times it would underflow in float16.
     Shapes are those of `reference.loss`; columns of `size` may be padded with zeros. Source: DTM, equations 4 and 5.
     """
     batch, tokens, channels = outputs.shape
     x, y = at_least_float32(outputs), at_least_float32(targets)
     separate = kind == "cosine" or normalize_target
     total = x.new_zeros(())
-    slopes = outputs.new_zeros((*size.shape, channels) if save else (0,), dtype=slope_dtype(outputs.dtype, kind))
-    for schedule, (groups, sizes) in enumerate(zip(index, size, strict=True)):
+    slopes = x.new_zeros(outputs.shape if save else (0,))
+    for groups, sizes in zip(index, size, strict=True):
         members = sizes.clamp(min=1)
         if separate:
             output = merge(x, groups, members, "mean")
@@ -46,18 +46,14 @@ def loss_forward(
             value, slope = _pointwise(merge(x - y, groups, members, "mean"), kind, beta)
         total = total + (value * sizes[:, :, None]).sum()
         if save:
-            slopes[schedule] = slope
+            slopes += gather_rows(slope, groups.long())
     count = len(index) * batch * tokens * (1 if kind == "cosine" else channels)
-    return (total / max(count, 1)).to(x.dtype), slopes
+    return (total / max(count, 1)).to(x.dtype), slopes.to(slope_dtype(outputs.dtype, kind))
 
 
-def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> Tensor:
-    """The gradient of the loss [B, N, C]: each token takes its groups' slopes, times `grad` and `scale`."""
-    total = sum(
-        gather_rows(at_least_float32(slope), groups.long()) for slope, groups in zip(slopes, index, strict=True)
-    )
-    assert isinstance(total, Tensor), "a loss has at least one schedule"
-    return (total * (grad * scale)).to(slopes.dtype)
+def loss_backward(grad: Tensor, slopes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The gradient of the loss, [B, N, C] of `dtype`: the slopes times `grad` and `scale`, in float32."""
+    return (at_least_float32(slopes) * (grad * scale)).to(dtype)
 
 
 def _pointwise(difference: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:

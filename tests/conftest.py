@@ -36,6 +36,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             slots=max(16, 1 << (num_tokens - 1).bit_length()),
             gram_rows=16,
             gram_channels=16,
+            max_registers=224,
             match_rows=4,
             match_columns=4,
             rank_columns=4,

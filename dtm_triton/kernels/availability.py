@@ -18,7 +18,7 @@ def unavailable_reason(device: torch.device) -> str | None:
         return f"Triton kernels need CUDA or ROCm tensors, not {device.type!r} ones"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if importlib.import_module("dtm_triton.kernels.match").INTERPRETED:
+    if importlib.import_module("dtm_triton.kernels.precision").INTERPRETED:
         return None
     if device.type == "cpu":
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the kernels are imported"

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings
-from dtm_triton.kernels.loss_kernels import loss_backward_kernel, loss_kernel
+from dtm_triton.kernels.loss_kernels import loss_kernel, scale_kernel
 from dtm_triton.kernels.row_loss_kernel import row_loss_kernel
 from dtm_triton.kernels.tables import family
 
@@ -22,44 +22,49 @@ def loss_forward(
     beta: float,
     normalize_target: bool,
     save: bool,
+    ticket: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss between morphed outputs and morphed targets, and its derivative by each group's mean output.
+    """The loss between morphed outputs and morphed targets, and its unscaled gradient, in one launch.
 
     outputs and targets [B, N, C], any strides, each of its own dtype; members int32 [L, B, N]; size int32 [L, B, G],
-    where zeros may pad G. Returns the mean over schedules, tokens and (cosine apart) channels, float32 [], and the
-    unscaled slopes [L, B, G, C] in `slope_dtype`, unspecified for empty groups, or an empty tensor when not `save`.
-    Source: DTM, equations 4 and 5.
+    where zeros may pad G; ticket int32 [1], which an earlier kernel set to 0. Returns the mean over schedules, tokens
+    and (cosine apart) channels, float32 [], and every token's slopes summed over schedules, [B, N, C] in
+    `slope_dtype`, or an empty tensor when not `save`. Source: DTM, equations 4 and 5.
     """
     batch, num_tokens, num_channels = outputs.shape
     num_schedules, _, num_groups = size.shape
-    shape = (*size.shape, num_channels) if save else (0,)
-    slopes = torch.empty(shape, dtype=settings.slope_dtype(outputs.dtype, kind), device=outputs.device)
+    device = outputs.device
+    shape = outputs.shape if save else (0,)
+    slopes = torch.empty(shape, dtype=settings.slope_dtype(outputs.dtype, kind), device=device)
     if outputs.numel() == 0 or size.numel() == 0:
-        return torch.zeros((), dtype=torch.float32, device=outputs.device), slopes
+        return torch.zeros((), dtype=torch.float32, device=device), slopes
     if kind == "smooth_l1" and beta == 0:
         kind = "l1"
     rows = kind == "cosine" or normalize_target
-    tiles = (
-        settings.row_loss_settings(num_channels, family(outputs.device))
-        if rows
-        else settings.loss_settings(num_channels, batch, family(outputs.device))
-    )
-    grid = (num_schedules * batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
-    partial = torch.empty(grid, dtype=torch.float32, device=outputs.device)
-    extra = {"STANDARDIZE": normalize_target} if rows else {}
+    if rows:
+        tiles = settings.row_loss_settings(num_channels, family(device))
+        kernel, grid, extra = row_loss_kernel, (batch,), {"STANDARDIZE": normalize_target}
+    else:
+        tiles = settings.loss_settings(num_channels, batch, family(device))
+        kernel, grid, extra = loss_kernel, (batch, triton.cdiv(num_channels, tiles.channels)), {}
+    partial = torch.empty(grid, dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
     with torch.cuda.device_of(outputs):
-        (row_loss_kernel if rows else loss_kernel)[grid](
+        kernel[grid](
             outputs=outputs,
             targets=targets,
             members=members.contiguous(),
             size=size.contiguous(),
             slopes=slopes if save else outputs,
             partial=partial,
-            batch=batch,
+            loss=loss,
+            ticket=torch.zeros(1, dtype=torch.int32, device=device) if ticket is None else ticket,
+            num_schedules=num_schedules,
             num_tokens=num_tokens,
             num_groups=num_groups,
             num_channels=num_channels,
             beta=float(beta),
+            scale=1 / (num_schedules * batch * num_tokens * (1 if kind == "cosine" else num_channels)),
             output_stride_b=outputs.stride(0),
             output_stride_n=outputs.stride(1),
             output_stride_c=outputs.stride(2),
@@ -76,38 +81,27 @@ def loss_forward(
             enable_fp_fusion=True,
             **extra,
         )
-    count = num_schedules * batch * num_tokens * (1 if kind == "cosine" else num_channels)
-    return partial.sum() / count, slopes  # the sum is taken in a fixed order
+    return loss, slopes
 
 
-def loss_backward(grad: Tensor, slopes: Tensor, index: Tensor, scale: float) -> Tensor:
-    """The gradient of the loss: each token's slopes, summed over schedules, times `grad` and `scale`.
+def loss_backward(grad: Tensor, slopes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The gradient of the loss: the slopes times `grad` and `scale`.
 
-    grad: one number, on the device; slopes [L, B, G, C]; index int32 [L, B, N] -> [B, N, C] in the slopes' dtype. The
-    product is formed in float32, so that a small scale does not underflow before a loss scale in `grad` raises it.
+    grad: one number, on the device; slopes [B, N, C] -> [B, N, C] of `dtype`. The product is formed in float32, so that
+    a small scale does not underflow before a loss scale in `grad` raises it.
     """
-    num_schedules, batch, num_groups, num_channels = slopes.shape
-    num_tokens = index.shape[2]
-    grad_outputs = torch.empty((batch, num_tokens, num_channels), dtype=slopes.dtype, device=slopes.device)
+    grad_outputs = torch.empty(slopes.shape, dtype=dtype, device=slopes.device)
     if grad_outputs.numel() == 0:
         return grad_outputs
-    tiles = settings.gather_settings(num_channels, family(slopes.device))
-    grid = (batch, triton.cdiv(num_tokens, tiles.tokens), triton.cdiv(num_channels, tiles.channels))
     with torch.cuda.device_of(slopes):
-        loss_backward_kernel[grid](
+        scale_kernel[(triton.cdiv(slopes.numel(), settings.SCALE_BLOCK),)](
             grad=grad,
             slopes=slopes.contiguous(),
-            index=index.contiguous(),
             grad_outputs=grad_outputs,
             scale=scale,
-            num_schedules=num_schedules,
-            batch=batch,
-            num_tokens=num_tokens,
-            num_groups=num_groups,
-            num_channels=num_channels,
-            TOKENS=tiles.tokens,
-            CHANNELS=tiles.channels,
-            num_warps=tiles.num_warps,
+            entries=slopes.numel(),
+            BLOCK=settings.SCALE_BLOCK,
+            num_warps=4,
             enable_fp_fusion=True,
         )
     return grad_outputs

@@ -1,9 +1,8 @@
-"""The single pass: features to groups, and to group means on request, in one launch.
+"""Matching, and group means on request: in one launch, or as the launch that follows that of the Gram matrices.
 
-Group similarities depend only on the Gram matrix of the tokens, because the inner product of two group sums is a sum of
-its entries. So a program forms that matrix once, and all iterations of its schedule run on it: find every A-slot's
-partner, select the r best pairs, merge their rows and columns. A program takes one (schedule, image) after another and
-gives every one of them the same scratch memory. No atomics, no sort: the same bits every run.
+A program of the single launch forms an image's Gram matrix, runs one schedule on it, and goes on to its next
+(schedule, image) pair in the same scratch memory. With the Gram matrices in a launch of their own, a program takes one
+pair: it needs fewer registers, so that several programs share a multiprocessor and hide each other's waiting.
 
 L schedules, K iterations, B images, N tokens, C channels; lists have SLOTS entries, N rounded up to a power of two.
 """
@@ -13,10 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtm_triton.kernels.group_steps import group_extent, list_members, reduce_members
+from dtm_triton.kernels.group_steps import group_extent, reduce_members
 from dtm_triton.kernels.match_gram import form_gram
-from dtm_triton.kernels.match_merge import add_columns, add_rows, link_sources
-from dtm_triton.kernels.match_steps import find_partners, inverse_root, select, shuffle, split_state
+from dtm_triton.kernels.match_schedule import run_schedule
 
 
 @triton.jit
@@ -28,21 +26,27 @@ def match_kernel(
     size,  # int32 [L, B, N]
     members,  # int32 [L, B, N]
     merged,  # [B, merge_rows, C]
+    ticket,  # int32 [1]
     gram_scratch,  # float32 [programs, N + 1, gram_stride]
     list_scratch,  # int32 [programs, 8 * SLOTS]
-    num_tasks,
+    first_image,
+    images,
     batch,
+    num_schedules,
     num_tokens,
     num_channels,
     num_iterations,
     merge_rows,
+    threshold,
     stride_b,
     stride_n,
     stride_c,
     gram_stride,
+    FUSED: tl.constexpr,
     NUM_PROTECTED: tl.constexpr,
     RANDOM_SPLIT: tl.constexpr,
     KEEP_ORDER: tl.constexpr,
+    THRESHOLD: tl.constexpr,
     MERGE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -59,151 +63,59 @@ def match_kernel(
     MEAN_GROUPS: tl.constexpr,
     MEAN_CHANNELS: tl.constexpr,
 ):
-    HALF: tl.constexpr = SLOTS // 2
+    """The images first_image .. first_image + images - 1. Not FUSED: every program finds its matrix formed."""
     program = tl.program_id(0)
     gram = gram_scratch + program.to(tl.int64) * (num_tokens + 1) * gram_stride
-    inverse_norm = gram + num_tokens * gram_stride  # in a row of its own behind the matrix
-    orders = list_scratch + program.to(tl.int64) * (8 * SLOTS)  # two of them, in turn
-    source = orders + 2 * SLOTS
-    destination = source + HALF
-    successor = destination + HALF
-    length = successor + HALF
-    key = length + HALF
-    partner = key + HALF
-    parent = partner + HALF
-    touched = parent + SLOTS
-    position = touched + SLOTS
-    slot = tl.arange(0, SLOTS)
-
-    for task in range(program, num_tasks, tl.num_programs(0)):
-        schedule = task // batch
-        image = task % batch
+    lists = list_scratch + program.to(tl.int64) * (8 * SLOTS)
+    if program == 0:
+        tl.store(ticket, 0)
+    for task in range(program, num_schedules * images, tl.num_programs(0)):
+        schedule = task // images
+        image = first_image + task % images
         x = features + image.to(tl.int64) * stride_b
-        form_gram(
-            x,
-            gram,
-            num_tokens,
-            num_channels,
-            stride_n,
-            stride_c,
-            gram_stride,
-            GRAM_ROWS,
-            GRAM_CHANNELS,
-            PRECISION,
-            UPCAST,
-        )
-        tl.store(orders + slot, slot)
-        tl.store(parent + slot, slot)
-        tl.store(touched + slot, 0 * slot)
-        tl.debug_barrier()
-        square = tl.load(gram + slot * (gram_stride + 1), mask=slot < num_tokens, other=0.0)
-        tl.store(inverse_norm + slot, inverse_root(square), mask=slot < num_tokens)
-        tl.debug_barrier()
-
-        n = num_tokens
-        current = 0  # where the order starts in `orders`
-        for iteration in range(num_iterations):
-            wanted = tl.load(removed + schedule * num_iterations + iteration)
-            r = tl.minimum(wanted, (n - NUM_PROTECTED) // 2)
-            if r > 0:
-                na = (n + 1) // 2
-                nb = n // 2
-                if RANDOM_SPLIT:
-                    state = split_state(seed, schedule, image, iteration)
-                    shuffle(
-                        orders + current, orders + SLOTS - current, state, n, na, NUM_PROTECTED, SLOTS, RANK_COLUMNS
-                    )
-                    current = SLOTS - current
-                    tl.debug_barrier()
-                find_partners(
-                    gram,
-                    inverse_norm,
-                    orders + current,
-                    key,
-                    partner,
-                    na,
-                    nb,
-                    gram_stride,
-                    NUM_PROTECTED,
-                    MATCH_ROWS,
-                    MATCH_COLUMNS,
-                )
-                tl.debug_barrier()
-                select(
-                    orders + current,
-                    orders + SLOTS - current,
-                    key,
-                    partner,
-                    source,
-                    destination,
-                    parent,
-                    touched,
-                    iteration + 1,
-                    na,
-                    nb,
-                    r,
-                    NUM_PROTECTED,
-                    KEEP_ORDER,
-                    HALF,
-                    RANK_COLUMNS,
-                )
-                current = SLOTS - current
-                n -= r
-                tl.debug_barrier()
-                link_sources(destination, successor, length, r, LINK_ROWS, RANK_COLUMNS)
-                tl.debug_barrier()
-                add_rows(
-                    gram,
-                    source,
-                    destination,
-                    successor,
-                    length,
-                    touched,
-                    iteration + 1,
-                    r,
-                    num_tokens,
-                    gram_stride,
-                    MERGE_ROWS,
-                    MERGE_COLUMNS,
-                )
-                tl.debug_barrier()
-                add_columns(
-                    gram,
-                    inverse_norm,
-                    source,
-                    destination,
-                    successor,
-                    length,
-                    r,
-                    gram_stride,
-                    MERGE_ROWS,
-                    BLOCK_COLUMNS,
-                )
-                tl.debug_barrier()
-
-        # The token that a token's group lives in is reached through at most one parent per iteration.
-        token = tl.load(orders + current + slot, mask=slot < n, other=0)
-        tl.store(position + token, slot, mask=slot < n)
-        root = slot
-        for _ in range(num_iterations):
-            root = tl.load(parent + root)
-        tl.debug_barrier()
-        result = tl.cast(task, tl.int64) * num_tokens
-        tl.store(index + result + slot, tl.load(position + root), mask=slot < num_tokens)
-        tl.debug_barrier()
-        for first in range(0, num_tokens, MATCH_ROWS):
-            list_members(
-                index + result,
-                members + result,
-                size + result,
-                first,
+        result = (schedule.to(tl.int64) * batch + image) * num_tokens
+        if FUSED:
+            form_gram(
+                x,
+                gram,
                 num_tokens,
-                num_tokens,
-                True,
-                MATCH_ROWS,
-                RANK_COLUMNS,
+                num_channels,
+                stride_n,
+                stride_c,
+                gram_stride,
+                GRAM_ROWS,
+                GRAM_CHANNELS,
+                PRECISION,
+                UPCAST,
             )
-        tl.debug_barrier()
+            tl.debug_barrier()
+        run_schedule(
+            gram,
+            lists,
+            removed + schedule * num_iterations,
+            seed,
+            schedule,
+            image,
+            threshold,
+            index + result,
+            size + result,
+            members + result,
+            num_tokens,
+            num_iterations,
+            gram_stride,
+            NUM_PROTECTED,
+            RANDOM_SPLIT,
+            KEEP_ORDER,
+            THRESHOLD,
+            SLOTS,
+            MATCH_ROWS,
+            MATCH_COLUMNS,
+            RANK_COLUMNS,
+            LINK_ROWS,
+            MERGE_ROWS,
+            MERGE_COLUMNS,
+            BLOCK_COLUMNS,
+        )
         if MERGE:
             write_means(
                 x,

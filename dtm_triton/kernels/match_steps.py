@@ -78,6 +78,24 @@ def _shuffle_key(state, slot, NUM_PROTECTED: tl.constexpr):
 
 
 @triton.jit
+def last_merging(removed, num_iterations):
+    """The last iteration that is to remove anything, or -1."""
+    last = -1
+    for iteration in range(num_iterations):
+        if tl.load(removed + iteration) > 0:
+            last = iteration
+    return last
+
+
+@triton.jit
+def count_above(key, threshold, na, HALF: tl.constexpr):
+    """How many A-slots are more similar to their partner than `threshold` (float32)."""
+    i = tl.arange(0, HALF)
+    mine = tl.load(key + i, mask=i < na, other=NEVER)
+    return tl.sum((mine > ordered_key(threshold)).to(tl.int32), 0)
+
+
+@triton.jit
 def find_partners(
     gram,
     inverse_norm,

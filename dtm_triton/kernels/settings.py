@@ -22,11 +22,18 @@ MAX_SLOTS = 1024
 MAX_COUNTED_TOKENS = 1024
 """Up to here the tokens are sorted by group by counting, which takes N^2 comparisons."""
 
+SCRATCH_BYTES = 256 * 2**20
+"""Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
+
 FEW_TASKS = 64
 """Up to here one program a task leaves half of a large GPU's multiprocessors idle."""
 
 EXTENT_BLOCK = 256
 """Group sizes that a program adds at a time to find where its own groups start."""
+
+
+SCALE_BLOCK = 2048
+"""Entries of the gradient that a program of the backward scales: 16 bytes a load and thread in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,8 @@ class MatchSettings:
     """Rows and columns of a tile of the Gram matrix."""
     gram_channels: int
     """Channels that one step of the Gram matrix product takes."""
+    max_registers: int
+    """Per thread, for NVIDIA: the single launch needs many; without them, two programs share a multiprocessor."""
     gram_warps: int = 4
     """Warps of the Gram launch, when that is one of its own."""
     gram_stages: int = 3
@@ -65,8 +74,6 @@ class MatchSettings:
     """Channels of a tile of group means."""
     max_programs: int = 256
     """Programs of the single launch; each has a Gram matrix of its own, so that all stay in the second-level cache."""
-    max_registers: int = 224
-    """Per thread, for NVIDIA: without a bound ptxas spills to make room for a second program on each multiprocessor."""
     num_warps: int = 8
     num_stages: int = 2
 
@@ -119,11 +126,13 @@ def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: 
     256
     """
     assert num_tokens <= MAX_SLOTS, num_tokens
+    fused = num_tokens <= 64
     default = MatchSettings(
-        fused=num_tokens <= 64,
+        fused=fused,
         slots=_slots(num_tokens),
         gram_rows=64,
         gram_channels=16 if dtype == torch.float32 else 64,
+        max_registers=224 if fused else 128,
     )
     return tuned(default, "match", match_bucket(num_tokens, dtype, num_tasks), family)
 

@@ -42,7 +42,7 @@ def loss_and_gradient(outputs: Tensor, targets: Tensor, parts: tuple[Tensor, ...
     index, size, members = parts
     value, slopes = launch.loss_forward(outputs, targets, members, size, save=True, **settings)
     count = index.numel() * (1 if settings["kind"] == "cosine" else outputs.shape[2])
-    gradient = launch.loss_backward(torch.ones((), device=DEVICE), slopes, index, 1 / max(count, 1))
+    gradient = launch.loss_backward(torch.ones((), device=DEVICE), slopes, 1 / max(count, 1), slopes.dtype)
     return value, gradient
 
 
@@ -116,18 +116,29 @@ def test_what_is_not_a_number_reaches_the_loss(value: float, settings: dict[str,
 
 def test_a_small_scale_does_not_underflow() -> None:
     """float16 gradients of a large batch survive when the incoming gradient is a loss scale."""
-    slopes = torch.full((1, 1, 1, 4), 0.5, dtype=torch.float16, device=DEVICE)
-    index = torch.zeros((1, 1, 3), dtype=torch.int32, device=DEVICE)
-    gradient = launch.loss_backward(torch.tensor(65536.0, device=DEVICE), slopes, index, 1e-9)
+    slopes = torch.full((1, 3, 4), 0.5, dtype=torch.float16, device=DEVICE)
+    gradient = launch.loss_backward(torch.tensor(65536.0, device=DEVICE), slopes, 1e-9, torch.float16)
     torch.testing.assert_close(gradient, torch.full_like(gradient, 0.5 * 65536 * 1e-9))
 
 
-def test_incoming_gradients_of_other_dtypes() -> None:
-    slopes, index = normal(1, 1, 2, 4), torch.tensor([[[0, 1, 1]]], dtype=torch.int32, device=DEVICE)
-    for dtype in (torch.float16, torch.bfloat16):
-        grad = torch.tensor(2.0, dtype=dtype, device=DEVICE)
-        torch.testing.assert_close(launch.loss_backward(grad, slopes, index, 0.25)[0], 0.5 * slopes[0, 0, [0, 1, 1]])
-    assert (launch.loss_backward(torch.tensor(1.0, device=DEVICE), slopes, index - 9, 1.0) == 0).all()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_other_dtypes(dtype: torch.dtype) -> None:
+    """The incoming one, and the one that is asked for."""
+    slopes, grad = normal(3, 7, 131), torch.tensor(2.0, dtype=dtype, device=DEVICE)
+    torch.testing.assert_close(launch.loss_backward(grad, slopes, 0.25, torch.float32), 0.5 * slopes)
+    gradient = launch.loss_backward(grad, slopes, 0.25, torch.float16)
+    torch.testing.assert_close(gradient, (0.5 * slopes).half(), rtol=1e-3, atol=1e-6)
+
+
+def test_tokens_of_no_group_have_no_gradient() -> None:
+    """On a GPU groups' values are not checked: sizes that count too few tokens leave no memory unwritten."""
+    index, size, members = groups(2, 9, [3])
+    size[0, :, -1] = 0
+    size[0, 1, 4:] = 0
+    _, gradient = loss_and_gradient(normal(2, 9, 5), normal(2, 9, 5, seed=1), (index, size, members), **PLAIN)
+    assert gradient.isfinite().all()
+    listed = size[0, 1].sum()
+    assert (gradient[1, members[0, 1, listed:].long()] == 0).all()
 
 
 def test_nothing_saved_and_nothing_there() -> None:
