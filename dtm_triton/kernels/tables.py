@@ -1,7 +1,8 @@
 """Launch settings as data: one JSON file per GPU family under tuned/, looked up by op and shape bucket.
 
 A table says for an op and a bucket which fields of the op's settings differ from the defaults in `settings`; a GPU
-without a table, or a bucket that is not in it, takes the defaults. `dtm-tune` writes the tables.
+without a table, or a bucket that is not in it, takes the defaults. `dtm-tune` writes the tables, and finds out here
+which settings a call asks for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 FOLDER = Path(__file__).parent / "tuned"
 
 Settings = TypeVar("Settings")
+
+_listeners: list[dict[tuple[str, str], Any]] = []
 
 
 @functools.cache
@@ -53,6 +56,8 @@ def tuned(default: Settings, op: str, bucket: str, name: str) -> Settings:
     >>> tuned(CountSettings(), "count", "any", "no such GPU") == CountSettings()
     True
     """
+    for listener in _listeners:
+        listener[op, bucket] = default
     found = table(name)["settings"].get(op, {}).get(bucket)
     return replace(default, **found) if found else default  # type: ignore[type-var]
 
@@ -76,3 +81,21 @@ def trial(name: str, op: str, bucket: str, fields: dict[str, Any]) -> Iterator[N
             del buckets[bucket]
         else:
             buckets[bucket] = before
+
+
+@contextmanager
+def asked() -> Iterator[dict[tuple[str, str], Any]]:
+    """Gathers what the calls within the block ask settings for: (op, bucket) -> the default settings.
+
+    >>> from dtm_triton.kernels.settings import count_settings
+    >>> with asked() as found:
+    ...     _ = count_settings("cpu")
+    >>> list(found)
+    [('count', 'any')]
+    """
+    found: dict[tuple[str, str], Any] = {}
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners[:] = [listener for listener in _listeners if listener is not found]
