@@ -40,8 +40,8 @@ def loss_forward(
         return torch.zeros((), dtype=torch.float32, device=device), slopes
     if kind == "smooth_l1" and beta == 0:
         kind = "l1"
-    rows = kind == "cosine" or normalize_target
-    if rows:
+    grid: tuple[int, ...]
+    if kind == "cosine" or normalize_target:
         tiles = settings.row_loss_settings(num_channels, family(device))
         kernel, grid, extra = row_loss_kernel, (batch,), {"STANDARDIZE": normalize_target}
     else:

@@ -92,7 +92,7 @@ def count_above(key, threshold, na, HALF: tl.constexpr):
     """How many A-slots are more similar to their partner than `threshold` (float32)."""
     i = tl.arange(0, HALF)
     mine = tl.load(key + i, mask=i < na, other=NEVER)
-    return tl.sum((mine > ordered_key(threshold)).to(tl.int32), 0)
+    return tl.sum((mine > ordered_key(tl.cast(threshold, tl.float32))).to(tl.int32), 0)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from dtm_triton.dtm import DTMLoss
 from dtm_triton.losses import dtm_loss
 from dtm_triton.schedule import MorphSchedule
 from dtm_triton.train.augment import Normalise, augment
+from dtm_triton.train.beside import Beside
 from dtm_triton.train.config import DataConfig, LossConfig
 from dtm_triton.train.distributed import Processes
 from dtm_triton.train.draws import fold
@@ -65,6 +66,7 @@ class Pretraining(Objective):
         self.network, self.config = student, loss
         self.normalise = Normalise(data.mean, data.std)
         self.teacher = teacher.requires_grad_(False).eval()
+        self.beside = Beside()
         self.loss = DTMLoss(
             num_schedules=loss.num_schedules,
             max_removed=loss.max_removed,
@@ -90,9 +92,11 @@ class Pretraining(Objective):
         images = augment(batch)
         with torch.no_grad():
             targets = self.teacher(images)
+        if self.config.morph:  # matching needs the teacher only
+            matching = self.beside.start(lambda: self.loss.match(targets), targets.device)
         outputs = self.network(self.normalise(images), batch["mask"])
         if self.config.morph:
-            return {"loss": self.loss(outputs, targets)}
+            return {"loss": self.loss(outputs, targets, self.beside.join(matching, targets.device))}
         alone = MorphSchedule(())  # nothing is removed: every token is its own group
         kind, beta, normalize_target = self.config.kind, self.config.beta, self.config.normalize_target
         return {"loss": dtm_loss(outputs, targets, alone, kind=kind, beta=beta, normalize_target=normalize_target)}

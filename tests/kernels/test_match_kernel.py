@@ -1,7 +1,9 @@
-"""The single pass: equal to the definition, in guarded memory, with tiles as shipped and with tiny ones."""
+"""Matching: equal to the definition, in guarded memory, with tiles as shipped and with tiny ones, which also take odd
+numbers of tokens in two launches and even ones in one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -11,7 +13,7 @@ from backends import DEVICE
 from torch import Tensor
 
 from dtm_triton import reference
-from dtm_triton.kernels import launch
+from dtm_triton.kernels import launch, match, settings
 
 TILES = ("triton", "triton-small")
 OPTIONS = [
@@ -179,3 +181,81 @@ def test_means_of_groups(dtype: torch.dtype, backend: str) -> None:
     wanted = reference.merge(features.float(), index[0], size[0, :, :15], "mean")
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(merged.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "split"])
+def form(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether matching takes one launch or two, with the tiles of the backend."""
+    tiles = settings.match_settings
+    monkeypatch.setattr(settings, "match_settings", lambda *shape: replace(tiles(*shape), fused=request.param))
+    return request.param
+
+
+@pytest.mark.usefixtures("guard", "form")
+@pytest.mark.parametrize("backend", ["triton-small"], indirect=True)
+@pytest.mark.parametrize("random", [False, True])
+def test_one_launch_and_two_give_the_same(random: bool) -> None:
+    options = dict(num_protected=1, random_split=random, keep_order=False)
+    assert_as_defined(normal(3, 26, 10), counts([6, 0, 4, 3], [2, 2, 2, 2]), 77, **options)
+    assert_as_defined(normal(3, 25, 10), counts([6, 0, 4, 3], [2, 2, 2, 2]), 77, **options)
+
+
+@pytest.mark.usefixtures("guard", "form")
+@pytest.mark.parametrize("backend", ["triton-small"], indirect=True)
+def test_chunks_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound on scratch memory that five images exceed: chunks of two, two and one, random numbers and means kept."""
+    monkeypatch.setattr(settings, "SCRATCH_BYTES", 2 * 2 * 4 * 21 * 32)
+    options = dict(num_protected=0, random_split=True, keep_order=True)
+    assert_as_defined(normal(5, 20, 6), counts([5, 4], [3, 3]), 5, **options)
+    features = normal(5, 20, 6)
+    index, size, _, merged = launch.match(features, counts([5, 4]), torch.tensor([1]), **PLAIN, merge_rows=11)
+    torch.testing.assert_close(merged, reference.merge(features, index[0], size[0, :, :11], "mean"))
+
+
+@pytest.mark.usefixtures("guard")
+@pytest.mark.parametrize("tokens", [257, 320])
+def test_more_tokens_than_one_launch_holds(tokens: int) -> None:
+    """Several iterations on 512 slots: two launches. One iteration: streaming, the same groups."""
+    features = normal(1, tokens, 8)
+    assert_as_defined(features, counts([100, 40]), **PLAIN)
+    assert_as_defined(features, counts([100]), **PLAIN)
+
+
+@pytest.mark.usefixtures("guard")
+@pytest.mark.parametrize("backend", ["triton-small"], indirect=True)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(int(v)) for v in o.values()))
+def test_threshold(options: dict[str, Any], backend: str) -> None:
+    """Images of their own number of groups: one merges nothing, one as without a threshold, one in between."""
+    features = normal(4, 23, 5)
+    features[1] = features[1].abs() + 2  # all alike
+    features[2] = torch.eye(23, 5, device=DEVICE)  # right angles
+    features[3, ::3] = float("nan")
+    found = launch.match(features, counts([6, 4, 3], [2, 0, 9]), torch.tensor([3]), **options, threshold=0.5)[:3]
+    wanted = reference.match(features.cpu(), counts([6, 4, 3], [2, 0, 9]), 3, **options, threshold=0.5)
+    assert all(torch.equal(left.cpu(), right) for left, right in zip(found, wanted, strict=True))
+    assert len(set((found[1][0] > 0).sum(-1).tolist())) > 2
+
+
+@pytest.mark.usefixtures("guard")
+@pytest.mark.parametrize("threshold", [-1e38, -2.0, 1.5])
+def test_thresholds_out_of_reach(threshold: float) -> None:
+    """Below every cosine all that is a number merges, above every cosine nothing does."""
+    features = normal(2, 12, 4)
+    features[0, 0] = float("nan")
+    _, size, _, _ = launch.match(features, counts([6]), torch.tensor([1]), **PLAIN, threshold=threshold)
+    assert (size > 0).sum(-1).tolist() == ([[12, 12]] if threshold > 1 else [[7, 6]])
+
+
+@pytest.mark.usefixtures("guard", "form")
+@pytest.mark.parametrize("backend", ["triton-small"], indirect=True)
+def test_the_ticket_is_set_to_nothing() -> None:
+    ticket = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
+    launch.match(normal(3, 10, 4), counts([2]), torch.tensor([1]), **PLAIN, ticket=ticket)
+    assert ticket.item() == 0
+
+
+def test_a_capture_refuses_schedules_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would read CPU memory in every replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="schedules must be on cuda:0 to be captured in a CUDA graph, got .* on cpu"):
+        match.on_device("schedules", counts([1]), torch.device("cuda:0"))
