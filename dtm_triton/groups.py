@@ -15,13 +15,14 @@ MERGE_MODES = ("mean", "sum", "amax")
 
 
 class TokenGroups(NamedTuple):
-    """A partition of the tokens of every image into the same number of groups.
+    """A partition of the tokens of every image into groups.
 
-    index: int32 [B, N], the group of every token. size: int32 [B, G], the tokens in every group.
+    index: int32 [B, N], the group of every token. size: int32 [B, G], the tokens in every group; where images differ in
+    groups (matching with a threshold) zeros fill up the rows, and `count` tells how many groups each image has.
 
-    >>> groups = TokenGroups(torch.tensor([[0, 1, 0]]).int(), torch.tensor([[2, 1]]).int())
-    >>> groups.num_tokens, groups.num_groups
-    (3, 2)
+    >>> groups = TokenGroups(torch.tensor([[0, 1, 0], [0, 1, 2]]).int(), torch.tensor([[2, 1, 0], [1, 1, 1]]).int())
+    >>> groups.num_tokens, groups.num_groups, groups.count.tolist()
+    (3, 3, [2, 3])
     """
 
     index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
@@ -34,8 +35,13 @@ class TokenGroups(NamedTuple):
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """G, at least the groups of every image: what merging gives rows for."""
         return self.size.shape[1]
+
+    @property
+    def count(self) -> Tensor:  # type: ignore[override]  # a tuple has a method of that name
+        """The groups of every image, int32 [B]; G for all unless a threshold decided."""
+        return (self.size > 0).sum(1, dtype=torch.int32)
 
     def source(self) -> Tensor:
         """The dense 0/1 matrix, bool [B, G, N]: which token is in which group.
@@ -53,6 +59,7 @@ def merge_tokens(x: Tensor, groups: TokenGroups, mode: MergeMode = "mean", *, ba
     """One token per group: the mean, sum or maximum of its members.
 
     x [B, N, D], floating point, any strides -> [B, G, D] in x's dtype, accumulated in float32 (float64 for float64).
+    Rows past an image's last group are 0.
     Differentiable in reverse mode; members that tie for the maximum share its gradient.
     Raises ValueError for an unknown mode or groups of another shape or device, TypeError for a wrong type.
     Source: ToMe, section 3.2; DTM, equation 3.
@@ -68,6 +75,31 @@ def merge_tokens(x: Tensor, groups: TokenGroups, mode: MergeMode = "mean", *, ba
     if (backend := choose_backend(backend, x.device)) == "reference":
         return reference.merge(x, *groups, mode)
     return ops.merge(x, *groups, mode, backend)
+
+
+def weighted_merge_tokens(
+    x: Tensor, weight: Tensor, groups: TokenGroups, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token per group, its members' weighted mean, and the total weight of every group, in one pass over x.
+
+    x [B, N, D] and weight [B, N, 1], floating point, any strides -> [B, G, D] in x's dtype and [B, G, 1] in weight's,
+    accumulated in float32 (float64 for float64). The mean is 0, and so is its gradient, where the weights add up to 0.
+    Differentiable in reverse mode. Raises as `merge_tokens` does. Source: ToMe, section 3.3.
+
+    >>> groups = TokenGroups(torch.tensor([[0, 1, 0]]).int(), torch.tensor([[2, 1]]).int())
+    >>> x, weight = torch.tensor([[[1.], [5.], [3.]]]), torch.tensor([[[3.], [2.], [1.]]])
+    >>> [part.tolist() for part in weighted_merge_tokens(x, weight, groups)]
+    [[[[1.5], [5.0]]], [[[4.0], [2.0]]]]
+    """
+    check_tokens("x", x)
+    check_tokens("weight", weight)
+    if weight.shape != (*x.shape[:2], 1) or weight.device != x.device:
+        wanted = f"[{x.shape[0]}, {x.shape[1]}, 1] on {x.device}"
+        raise ValueError(f"weight must be {wanted} like x, got {list(weight.shape)} on {weight.device}")
+    check_groups(groups, "x", x, groups_of_tokens=True)
+    if (backend := choose_backend(backend, x.device)) == "reference":
+        return reference.weighted_merge(x, weight, *groups)
+    return ops.weighted_merge(x, weight, *groups, backend)
 
 
 def unmerge_tokens(merged: Tensor, groups: TokenGroups, *, backend: str | None = None) -> Tensor:
@@ -152,5 +184,6 @@ def check_groups(groups: object, name: str, x: Tensor, *, groups_of_tokens: bool
             raise ValueError(f"groups.index must lie in 0..{size.shape[1] - 1}, got {low}..{high}")
         if not torch.equal(ops.group_sizes(index, size.shape[1]), size):
             raise ValueError("groups.size must count the tokens of every group in groups.index")
-        if not size.all():
-            raise ValueError("groups.size must be at least 1, got a group without tokens")
+        empty = size == 0
+        if (empty[:, :-1] & ~empty[:, 1:]).any():
+            raise ValueError("groups.size must be 0 behind the last group only, got one before a group with tokens")

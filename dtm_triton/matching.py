@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -25,6 +27,7 @@ def match_tokens(
     split: Split = "alternating",
     generator: Generator | None = None,
     keep_order: bool | None = None,
+    threshold: float | None = None,
     backend: str | None = None,
 ) -> TokenGroups:
     """Group similar tokens: in every iteration the most similar pairs merge, one token removed by each merge.
@@ -35,12 +38,15 @@ def match_tokens(
     num_protected: 1 keeps token 0 (a class token) alone. split: "alternating" slots or a "random" half, drawn anew per
     image and iteration from one number that `generator` (PyTorch's default CPU generator when None) gives.
     keep_order: whether groups that did not merge keep their order or come by falling similarity; by default they keep
-    it when a token is protected. backend: "reference", "portable", "triton", or None for the fastest that can run.
+    it when a token is protected. threshold: only pairs whose cosine similarity is above it merge, so that removed is
+    the most that can go and images differ in groups. An iteration in which nothing merges in an image leaves its
+    groups in their order. backend: "reference", "portable", "triton", or None for the fastest that can run.
 
-    Returns groups in their final order: those that stayed, then those that could receive. The cosine similarity with a
-    zero vector is 0; one that is not a number counts as lowest. Ties go to the lower slot; similarities that differ by
-    rounding only may rank differently from one implementation to another. More than 256 tokens and
-    float64 take the portable path under "triton" too.
+    Returns groups in their final order: those that stayed, then those that could receive; with a threshold
+    `TokenGroups.size` is [B, N], padded with zeros, and `TokenGroups.count` tells the groups of every image. The cosine
+    similarity with a zero vector is 0; one that is not a number counts as lowest. Ties go to the lower slot;
+    similarities that differ by rounding only may rank differently from one implementation to another. float64 takes
+    the portable path under "triton" too.
     Raises ValueError or TypeError naming the argument and its value. Not differentiable.
     Source: ToMe, section 3.2; DTM, Algorithm 1.
 
@@ -50,22 +56,90 @@ def match_tokens(
     ([[0, 0, 1, 1]], [[2, 2]])
     """
     check_tokens("features", features)
-    check_matching(num_protected, split, generator)
+    check_matching(num_protected, split, generator, threshold)
     if keep_order is not None and not isinstance(keep_order, bool):
         raise TypeError(f"keep_order must be a bool or None, got {keep_order!r}")
-    keep_order = num_protected > 0 if keep_order is None else keep_order
     schedule = removed if isinstance(removed, MorphSchedule) else MorphSchedule(removed)  # type: ignore[arg-type]
-    num_groups = schedule.num_groups(features.shape[1], num_protected)
-    counts = schedules_tensor([schedule])
-    seed, backend = draw_seed(split, generator), choose_backend(backend, features.device)
-    features, random_split = features.detach(), split == "random"
+    return find_groups(
+        features,
+        removed=schedules_tensor([schedule]),
+        seed=draw_seed(split, generator),
+        num_groups=most_groups(schedule, features.shape[1], num_protected, threshold),
+        num_protected=num_protected,
+        random_split=split == "random",
+        keep_order=num_protected > 0 if keep_order is None else keep_order,
+        threshold=None if threshold is None else float(threshold),
+        backend=choose_backend(backend, features.device),
+    )
+
+
+def find_groups(
+    features: Tensor,
+    *,
+    removed: Tensor,
+    seed: Tensor,
+    num_groups: int,
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+    threshold: float | None,
+    backend: str,
+) -> TokenGroups:
+    """`match_tokens` behind its checks: removed int32 [1, K], seed int64 [1], num_groups columns of sizes.
+
+    >>> find_groups(torch.eye(4)[None, [0, 0, 1, 1]], removed=torch.tensor([[2]]).int(), seed=torch.zeros(1).long(),
+    ...             num_groups=2, num_protected=0, random_split=False, keep_order=False, threshold=None,
+    ...             backend="portable").index.tolist()
+    [[0, 0, 1, 1]]
+    """
+    features = features.detach()
     if backend == "reference":
         index, size, _ = reference.match(
-            features, counts, int(seed), num_protected=num_protected, random_split=random_split, keep_order=keep_order
+            features,
+            removed,
+            int(seed),
+            num_protected=num_protected,
+            random_split=random_split,
+            keep_order=keep_order,
+            threshold=threshold,
         )
     else:
-        index, size, _ = ops.match(features, counts, seed, num_protected, random_split, keep_order, None, backend)
+        index, size, _ = ops.match(features, removed, seed, num_protected, random_split, keep_order, threshold, backend)
     return TokenGroups(index[0], size[0, :, :num_groups].contiguous())
+
+
+def match_and_merge(
+    x: Tensor,
+    *,
+    removed: Tensor,
+    seed: Tensor,
+    num_groups: int,
+    num_protected: int,
+    random_split: bool,
+    keep_order: bool,
+    threshold: float | None,
+    backend: str,
+) -> tuple[Tensor, TokenGroups]:
+    """`find_groups` on x, and the mean of every group [B, num_groups, C], in one launch where that is faster.
+
+    >>> match_and_merge(torch.eye(4)[None, [0, 0, 1, 1]], removed=torch.tensor([[2]]).int(), seed=torch.zeros(1).long(),
+    ...                 num_groups=2, num_protected=0, random_split=False, keep_order=False, threshold=None,
+    ...                 backend="portable")[0].tolist()
+    [[[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]]
+    """
+    merged, index, size = ops.match_merge(
+        x, removed, seed, num_groups, num_protected, random_split, keep_order, threshold, backend
+    )
+    return merged, TokenGroups(index[0], size[0, :, :num_groups].contiguous())
+
+
+def most_groups(schedule: MorphSchedule, num_tokens: int, num_protected: int, threshold: float | None) -> int:
+    """Columns of `TokenGroups.size`: without a threshold exactly the groups that remain, with one all that may.
+
+    >>> most_groups(MorphSchedule((3,)), 8, 0, None), most_groups(MorphSchedule((3,)), 8, 0, 0.5)
+    (5, 8)
+    """
+    return schedule.num_groups(num_tokens, num_protected) if threshold is None else num_tokens
 
 
 def schedules_tensor(schedules: Sequence[MorphSchedule]) -> Tensor:
@@ -81,7 +155,8 @@ def schedules_tensor(schedules: Sequence[MorphSchedule]) -> Tensor:
 
 
 def draw_seed(split: Split, generator: Generator | None) -> Tensor:
-    """The number int64 [1] that decides every random split of one call; drawn only when there is one to decide.
+    """The number int64 [1] that decides every random split of one call; drawn only when there is one to decide, and
+    left on the generator's device, which need not wait for it.
 
     >>> draw_seed("alternating", None)
     tensor([0])
@@ -89,10 +164,10 @@ def draw_seed(split: Split, generator: Generator | None) -> Tensor:
     if split == "alternating":
         return torch.zeros(1, dtype=torch.int64, device="cpu")
     device = torch.device("cpu") if generator is None else generator.device
-    return torch.randint(2**63 - 1, (1,), generator=generator, device=device).cpu()
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
 
 
-def check_matching(num_protected: object, split: object, generator: object) -> None:
+def check_matching(num_protected: object, split: object, generator: object, threshold: object = None) -> None:
     """Raise unless the options of matching are valid.
 
     >>> check_matching(2, "alternating", None)
@@ -105,3 +180,7 @@ def check_matching(num_protected: object, split: object, generator: object) -> N
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     if generator is not None and not isinstance(generator, Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+    if isinstance(threshold, bool) or not (threshold is None or isinstance(threshold, Real)):
+        raise TypeError(f"threshold must be a number or None, got {threshold!r}")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"threshold must be finite, got {threshold}")

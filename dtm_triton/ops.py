@@ -2,7 +2,8 @@
 and autograd. (The reference needs none of this: it is plain PyTorch.)
 
 No shape depends on how many groups a schedule leaves, so a compiled loss is not compiled again when its schedule
-changes: schedules enter as a CPU tensor `removed` [L, K], sizes leave padded with zeros to N columns.
+changes: schedules enter as a tensor `removed` [L, K], sizes leave padded with zeros to N columns. `removed` and `seed`
+may lie on the CPU or beside the features, where the kernels read them without waiting for the host.
 L schedules, K iterations, B images, N tokens, G groups, C and D channels.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dtm_triton import portable
+from dtm_triton.rows import at_least_float32
 
 
 def _kernels(backend: str, *tensors: Tensor) -> ModuleType | None:
@@ -94,12 +96,15 @@ def _match_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     merged, index, size = output
     ctx.save_for_backward(index, size)
     ctx.num_groups, ctx.backend = merged.shape[1], inputs[-1]
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that have none
     ctx.mark_non_differentiable(index, size)
 
 
-def _match_merge_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _match_merge_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     index, size = ctx.saved_tensors
-    share = grad / size[0, :, : ctx.num_groups, None]
+    share = grad / size[0, :, : ctx.num_groups, None].clamp(min=1)
     return unmerge(share, index[0], ctx.backend), *[None] * 8
 
 
@@ -127,16 +132,56 @@ def _merge_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, size, *values = ctx.saved_tensors
     if ctx.mode == "mean":
-        grad = grad / size[:, :, None]
+        grad = grad / size[:, :, None].clamp(min=1)
     if ctx.mode != "amax":
         return unmerge(grad, index, ctx.backend), None, None, None, None
     x, largest = values[0], unmerge(values[1], index, ctx.backend)
     chosen = (x == largest) | (x.isnan() & largest.isnan())  # tokens that tie share the gradient
-    ties = merge(chosen.to(x.dtype), index, size, "sum", ctx.backend)
+    ties = merge(chosen.to(x.dtype), index, size, "sum", ctx.backend).clamp(min=1)
     return unmerge(grad / ties, index, ctx.backend) * chosen, None, None, None, None
 
 
 merge.register_autograd(_merge_backward, setup_context=_merge_setup)
+
+
+@custom_op("dtm_triton::weighted_merge", mutates_args=())
+def weighted_merge(x: Tensor, weight: Tensor, index: Tensor, size: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """x [B, N, D], weight [B, N, 1] -> the weighted mean [B, G, D] and the total weight [B, G, 1] of every group."""
+    if kernels := _kernels(backend, x, weight, size):
+        return kernels.weighted_merge(x, weight, kernels.group_members(index, size.shape[1]), size)
+    return portable.weighted_merge(x, weight, index, size)
+
+
+@weighted_merge.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor, size: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*size.shape, x.shape[2])), weight.new_empty((*size.shape, 1))
+
+
+def _weighted_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, index, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, index, *output)
+    ctx.set_materialize_grads(False)
+    if not ctx.needs_input_grad[1]:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _weighted_merge_backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, index, merged, total = ctx.saved_tensors
+    of_x = of_weight = None
+    if grad is not None:
+        share = torch.where(total == 0, 0.0, grad / total.where(total != 0, 1.0)).to(x.dtype)
+        share = unmerge(share, index, ctx.backend)
+        of_x = (share * weight).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            distance = at_least_float32(x - unmerge(merged, index, ctx.backend))
+            of_weight = (share * distance).sum(2, keepdim=True).to(weight.dtype)
+    if grad_total is not None:
+        of_total = unmerge(grad_total, index, ctx.backend)
+        of_weight = of_total if of_weight is None else of_weight + of_total
+    return of_x, of_weight, None, None, None
+
+
+weighted_merge.register_autograd(_weighted_merge_backward, setup_context=_weighted_merge_setup)
 
 
 @custom_op("dtm_triton::unmerge", mutates_args=())

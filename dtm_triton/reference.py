@@ -15,6 +15,9 @@ from dtm_triton.rows import add_rows, at_least_float32, gather_rows
 LOWEST = -3e38
 """What a similarity that is not a number counts as."""
 
+LEAST_THRESHOLD = -2.0
+"""What a lower threshold counts as: below every similarity that is a number, above the others."""
+
 
 def match(
     features: Tensor,
@@ -29,7 +32,7 @@ def match(
     """Group tokens by iterated bipartite matching, once for every schedule. Source: DTM, Algorithm 1.
 
     features [B, N, C], removed int [L, K] -> index int32 [L, B, N], size int32 [L, B, N] padded with zeros, and members
-    int32 [L, B, N]: the tokens sorted by group.
+    int32 [L, B, N]: the tokens sorted by group. Only pairs more similar than `threshold` merge, where there is one.
 
     >>> index, size, members = match(torch.eye(4)[None, [0, 0, 1, 1]], torch.tensor([[2]]), 0,
     ...                              num_protected=0, random_split=False, keep_order=False)
@@ -37,29 +40,33 @@ def match(
     ([[[0, 0, 1, 1]]], [[[2, 2, 0, 0]]])
     """
     batch, tokens, _ = features.shape
-    with torch.autocast(features.device.type, enabled=False):  # half precision would change decisions
-        source = [
-            _match_schedule(features, counts, (seed, schedule), num_protected, random_split, keep_order)
-            for schedule, counts in enumerate(removed.tolist())
-        ]
-    index = features.new_zeros((len(source), batch, tokens), dtype=torch.int32)
+    index = features.new_zeros((len(removed), batch, tokens), dtype=torch.int32)
     size = torch.zeros_like(index)
-    for schedule, matrix in enumerate(source):
-        size[schedule, :, : matrix.shape[1]] = matrix.sum(-1)
-        if tokens:
-            index[schedule] = matrix.argmax(1)
+    together = max(batch, 1) if threshold is None else 1  # under a threshold images differ in groups
+    with torch.autocast(features.device.type, enabled=False):  # half precision would change decisions
+        for schedule, counts in enumerate(removed.tolist()):
+            for first in range(0, batch, together):
+                images, key = slice(first, first + together), (seed, schedule)
+                source = _match_images(
+                    features[images], first, counts, key, num_protected, random_split, keep_order, threshold
+                )
+                size[schedule, images, : source.shape[1]] = source.sum(-1)
+                if tokens:
+                    index[schedule, images] = source.argmax(1).int()
     return index, size, index.sort(dim=-1, stable=True).indices.int()
 
 
-def _match_schedule(
+def _match_images(
     features: Tensor,
+    first_image: int,
     removed: list[int],
-    seed: tuple[int, int],
+    key: tuple[int, int],
     num_protected: int,
     random_split: bool,
     keep_order: bool,
+    threshold: float | None,
 ) -> Tensor:
-    """One schedule: the dense 0/1 matrix [B, G, N] that tells which token is in which group."""
+    """One schedule on images that have equally many groups: the dense 0/1 matrix [B, G, N] of tokens in groups."""
     batch, tokens, _ = features.shape
     means = at_least_float32(features)
     source = torch.eye(tokens, device=features.device, dtype=means.dtype).expand(batch, -1, -1)
@@ -71,7 +78,8 @@ def _match_schedule(
         slots = torch.arange(groups, device=features.device).expand(batch, -1)
         a, b = slots[:, 0::2], slots[:, 1::2]
         if random_split:
-            shuffled = shuffled_slots(batch, groups, (*seed, iteration), num_protected, features.device)
+            images = first_image + batch
+            shuffled = shuffled_slots(images, groups, (*key, iteration), num_protected, features.device)[first_image:]
             a, b = shuffled[:, : (groups + 1) // 2], shuffled[:, (groups + 1) // 2 :]
 
         norm = means.norm(dim=-1, keepdim=True)
@@ -83,6 +91,10 @@ def _match_schedule(
         if num_protected == 2:
             similarity[:, :, 0] = -torch.inf
         best, partner = similarity.max(-1)
+        if threshold is not None:  # there is one image
+            count = min(count, int((best > max(threshold, LEAST_THRESHOLD)).sum()))
+            if count == 0:
+                continue
         ranking = best.sort(dim=-1, descending=True, stable=True).indices
         merging, staying = ranking[:, :count], ranking[:, count:]
         if keep_order:
@@ -130,7 +142,7 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
-    """The mean, sum or maximum of every group: [B, N, D] -> [B, G, D].
+    """The mean, sum or maximum of every group: [B, N, D] -> [B, G, D], 0 for an empty group.
 
     >>> merge(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]]), "mean").tolist()
     [[[2.0], [5.0]]]
@@ -139,10 +151,28 @@ def merge(x: Tensor, index: Tensor, size: Tensor, mode: str) -> Tensor:
         member = index[:, None, :] == torch.arange(size.shape[1], device=x.device)[:, None]
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], size.shape[1], x.shape[2])
-        return torch.where(member[:, :, :, None], x[:, None], -torch.inf).amax(2)
+        largest = torch.where(member[:, :, :, None], x[:, None], -torch.inf).amax(2)
+        return torch.where(size[:, :, None] > 0, largest, 0.0)
     rows = at_least_float32(x)
     out = add_rows(rows.new_zeros(x.shape[0], size.shape[1], x.shape[2]), index.long(), rows)
-    return (out / size[:, :, None] if mode == "mean" else out).to(x.dtype)
+    return (out / size[:, :, None].clamp(min=1) if mode == "mean" else out).to(x.dtype)
+
+
+def weighted_merge(x: Tensor, weight: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of every group and its total weight: [B, N, D], [B, N, 1] -> [B, G, D], [B, G, 1].
+
+    0 where the weights add up to 0. Source: ToMe, section 3.3.
+
+    >>> merged, total = weighted_merge(torch.tensor([[[1.], [3.], [5.]]]), torch.tensor([[[3.], [1.], [1.]]]),
+    ...                                torch.tensor([[0, 0, 1]]), torch.tensor([[2, 1]]))
+    >>> merged.tolist(), total.tolist()
+    ([[[1.5], [5.0]]], [[[4.0], [1.0]]])
+    """
+    weights = at_least_float32(weight)
+    weighted = merge(at_least_float32(x) * weights, index, size, "sum")
+    total = merge(weights, index, size, "sum")
+    merged = torch.where(total == 0, 0.0, weighted / torch.where(total == 0, 1.0, total))
+    return merged.to(x.dtype), total.to(weight.dtype)
 
 
 def unmerge(merged: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     >>> gather_rows(torch.tensor([[[1.], [2.]]]), torch.tensor([[1, 1, 0]])).flatten().tolist()
     [2.0, 2.0, 1.0]
     """
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def add_rows(matrix: Tensor, into: Tensor, rows: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ def matching_cases(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_tokens: 
     merging = st.lists(st.integers(1, most), min_size=1, max_size=4)
     removed = draw(st.one_of(merging, merging, merging, st.lists(st.integers(0, most), max_size=4)))
     options = dict(
+        threshold=draw(st.sampled_from([None, None, None, -9.0, -0.1, 0.05, 0.3, 0.99, 2.0])),
         num_protected=draw(st.integers(0, 1)),
         split=draw(st.sampled_from(["alternating", "random"])),
         keep_order=draw(st.sampled_from([None, True, False])),

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from dtm_triton import morph, tome
+from dtm_triton.groups import weighted_merge_tokens
 
 X = torch.randn(2, 8, 3)
 GROUPS = morph.match_tokens(X, [3])
 OTHER = morph.match_tokens(torch.randn(2, 9, 3), [3])
-EMPTY = morph.TokenGroups(GROUPS.index, torch.cat([GROUPS.size, torch.zeros(2, 1)], 1).int())
+EMPTY = morph.TokenGroups(GROUPS.index + 1, torch.cat([torch.zeros(2, 1), GROUPS.size], 1).int())
 SCHEDULE = morph.MorphSchedule((3,))
 
 CASES: list[tuple[Any, type[Exception], str]] = [
@@ -29,6 +30,12 @@ CASES: list[tuple[Any, type[Exception], str]] = [
     (lambda: morph.match_tokens(X, [3], split="half"), ValueError, r"split must be one of .*, got 'half'"),
     (lambda: morph.match_tokens(X, [3], generator=7), TypeError, r"generator must be a torch.Generator or None, got 7"),
     (lambda: morph.match_tokens(X, [3], keep_order=1), TypeError, r"keep_order must be a bool or None, got 1"),
+    (lambda: morph.match_tokens(X, [3], threshold=True), TypeError, r"threshold must be a number or None, got True"),
+    (lambda: morph.match_tokens(X, [3], threshold="0.5"), TypeError, r"threshold must be a number or None, got '0.5'"),
+    (lambda: morph.match_tokens(X, [3], threshold=float("nan")), ValueError, r"threshold must be finite, got nan"),
+    (lambda: morph.match_tokens(X, [3], threshold=-float("inf")), ValueError, r"threshold must be finite, got -inf"),
+    (lambda: morph.TokenMorph([3], threshold=float("inf")), ValueError, r"threshold must be finite, got inf"),
+    (lambda: morph.TokenMerge([3], threshold=1j), TypeError, r"threshold must be a number or None, got 1j"),
     (lambda: morph.match_tokens(X, [3], backend="cuda"), ValueError, r"backend must be one of .*, got 'cuda'"),
     (lambda: morph.merge_tokens(X, GROUPS, "max"), ValueError, r"mode must be one of .*, got 'max'"),
     (lambda: morph.merge_tokens(X, OTHER), ValueError, r"groups of 2 x 9 tokens do not belong to x of shape"),
@@ -60,7 +67,21 @@ CASES: list[tuple[Any, type[Exception], str]] = [
         r"groups.size must count",
     ),
     (lambda: morph.unmerge_tokens(X[:, :5], tuple(GROUPS)), TypeError, r"groups must be TokenGroups, got tuple"),
-    (lambda: morph.merge_tokens(X, EMPTY), ValueError, r"groups.size must be at least 1, got a group without tokens"),
+    (lambda: morph.merge_tokens(X, EMPTY), ValueError, r"groups.size must be 0 behind the last group only, got one"),
+    (
+        lambda: weighted_merge_tokens(X, X, GROUPS),
+        ValueError,
+        r"weight must be \[2, 8, 1\] on cpu like x, got \[2, 8, 3\]",
+    ),
+    (lambda: weighted_merge_tokens(X, X[:, :4, :1], GROUPS), ValueError, r"weight must be .* like x, got \[2, 4, 1\]"),
+    (lambda: weighted_merge_tokens(X, X[..., :1].int(), GROUPS), TypeError, r"weight must be float16.*got torch.int32"),
+    (lambda: weighted_merge_tokens(X, X[..., :1].to("meta"), GROUPS), ValueError, r"weight must be .* on meta"),
+    (
+        lambda: weighted_merge_tokens(X, X[..., 0], GROUPS),
+        ValueError,
+        r"weight must have shape \[B, N, C\], got \[2, 8\]",
+    ),
+    (lambda: weighted_merge_tokens(X, X[..., :1], OTHER), ValueError, r"groups of 2 x 9 tokens do not belong to x"),
     (lambda: morph.match_tokens(X.to_sparse(), [3]), TypeError, r"features must be dense, got torch.sparse_coo"),
     (lambda: morph.merge_tokens(X.to("meta"), GROUPS), ValueError, r"groups.index is on cpu but x is on meta"),
     (lambda: morph.unmerge_tokens(X, GROUPS), ValueError, r"groups of 2 x 5 groups do not belong to merged of shape"),

@@ -15,10 +15,14 @@ from dtm_triton import morph
 def assert_partition(groups: morph.TokenGroups, case: Case) -> None:
     batch, tokens, _ = case.features.shape
     count = morph.MorphSchedule(tuple(case.removed)).num_groups(tokens, case.options["num_protected"])
-    assert groups.index.dtype == groups.size.dtype == torch.int32
-    assert groups.index.shape == (batch, tokens) and groups.size.shape == (batch, count)
-    assert groups.source().sum(-1).equal(groups.size) and (groups.size > 0).all()
+    assert groups.index.dtype == groups.size.dtype == groups.count.dtype == torch.int32
+    assert groups.index.shape == (batch, tokens) and groups.source().sum(-1).equal(groups.size)
     assert groups.size.sum(-1).eq(tokens).all()
+    if case.options.get("threshold") is None:
+        assert groups.size.shape == (batch, count) and (groups.size > 0).all() and groups.count.eq(count).all()
+    else:
+        assert groups.size.shape == (batch, tokens) and groups.count.ge(count).all()
+        assert (groups.size > 0).equal(torch.arange(tokens, device=DEVICE) < groups.count[:, None])
 
 
 @property_test(case=matching_cases())
@@ -45,7 +49,7 @@ def test_groups_refine_those_of_the_next_iteration(backend: str, case: Case) -> 
     fine, coarse = case.groups(backend, removed=case.removed[:-1]), case.groups(backend)
     for image in range(len(case.features)):
         pairs = torch.stack([fine.index[image], coarse.index[image]], 1).unique(dim=0)
-        assert len(pairs) == fine.num_groups  # every fine group lies in one coarse group
+        assert len(pairs) == fine.count[image]  # every fine group lies in one coarse group
 
 
 @property_test(case=matching_cases(), exponent=st.integers(-5, 5))
@@ -167,6 +171,64 @@ def test_more_tokens_than_a_kernel_holds(backend: str) -> None:
 
 
 @over_backends
+@pytest.mark.parametrize("split", ["alternating", "random"])
+@pytest.mark.parametrize("threshold", [-9.0, 0.1, 0.3, 0.4, 9.0])
+def test_images_differ_in_groups_under_a_threshold(backend: str, threshold: float, split: str) -> None:
+    """Every image is grouped as it would be alone, by as many merges as its own similarities allow."""
+    features = make_features("normal", 4, 33, 24, seed=8, dtype=torch.float32)
+    features[0] = features[0, :1]  # all pass
+    options = dict(num_protected=0, split=split, keep_order=None, threshold=threshold)
+    case = Case(features, [9, 8, 7], options)
+    groups, truth = case.groups(backend), case.groups("reference", features.double())
+    assert assert_same_groups(groups.index, truth.index, decision_margins(case)) >= 3
+    if threshold < -1 or threshold > 1:
+        assert groups.count.tolist() == [33 - 24 if threshold < -1 else 33] * 4
+    else:
+        assert groups.count[0] == 9
+    if threshold in (0.3, 0.4):
+        assert groups.count[1:].min() > 9
+
+
+@over_backends
+def test_a_threshold_counts_each_image_s_own_pairs(backend: str) -> None:
+    """The cosines of slots 0, 2, 4 with their partners are 1, 0.8 and 0; the best at most 2 of those above merge."""
+    features = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0.8, 0.6], [0, 1, 0], [0, 0, -1], [0, 0, 0]], device=DEVICE)
+    features = torch.stack([features, -features.roll(2, 0), torch.eye(6, 3, device=DEVICE)])
+    wanted = {-1.0: [4, 4, 4], 0.7: [4, 4, 6], 0.9: [5, 5, 6], 1.0: [6, 6, 6]}
+    for threshold, counts in wanted.items():
+        for keep_order in (True, False):
+            groups = morph.match_tokens(features, [2], threshold=threshold, keep_order=keep_order, backend=backend)
+            assert groups.count.tolist() == counts
+            for image, count in enumerate(counts):
+                if count == 6:  # nothing merges, nothing moves
+                    assert groups.index[image].tolist() == list(range(6))
+
+
+@over_backends
+@pytest.mark.parametrize("threshold", [-1e300, -1e30, -2.0])
+def test_what_is_not_a_number_never_passes(backend: str, threshold: float) -> None:
+    features = make_features("normal", 2, 12, 4, seed=9, dtype=torch.float32)
+    features[0, 4] = torch.nan
+    features[1] = torch.nan
+    groups = morph.match_tokens(features, [6, 6, 6, 6], threshold=threshold, backend=backend)
+    assert groups.size[0, groups.index[0, 4]] == 1 and groups.count.tolist() == [2, 12]
+    assert groups.index[1].tolist() == list(range(12))
+
+
+@over_backends
+@pytest.mark.parametrize("exponent", [-70, -66, -63, 60, 63, 66])
+def test_norms_at_the_ends_of_float32(backend: str, exponent: int) -> None:
+    """Where squares over- or underflow, kernels and portable decide by the same arithmetic."""
+    features = make_features("ties", 3, 24, 4, seed=10, dtype=torch.float32)
+    scale = 2.0 ** torch.randint(exponent - 2, exponent + 3, (3, 24, 1), generator=torch.Generator().manual_seed(1))
+    case = Case(features * scale.to(DEVICE), [7], dict(num_protected=0, split="alternating", keep_order=False))
+    groups = case.groups(backend)
+    assert_partition(groups, case)
+    if backend != "reference":
+        assert groups.index.equal(case.groups("portable").index)
+
+
+@over_backends
 def test_random_splits(backend: str) -> None:
     """Equal generators give equal splits, the next draw another, and the images of a batch have their own."""
     features = make_features("normal", 1, 30, 8, seed=6, dtype=torch.float32).repeat(2, 1, 1)
@@ -215,3 +277,5 @@ def test_margins_of_a_known_case() -> None:
     features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.8, 0.6]]])
     case = Case(features, [1], dict(num_protected=0, split="alternating", keep_order=False))
     torch.testing.assert_close(decision_margins(case), torch.tensor([0.2]))
+    case.options["threshold"] = 0.95  # token 0 passes by 0.05
+    torch.testing.assert_close(decision_margins(case), torch.tensor([0.05]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dtm_triton.kernels.group_steps import group_extent, list_members, member_tokens, reduce_members
+from dtm_triton.kernels.group_steps import group_extent, list_members, member_tokens, reduce_members, weigh_members
 
 
 @triton.jit
@@ -68,6 +68,55 @@ def merge_kernel(
     inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
     place = (image * num_groups + group)[:, None] * num_channels + channel[None, :]
     tl.store(merged + place, value.to(merged.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weighted_merge_kernel(
+    x,  # [B, N, D]
+    weight,  # [B, N, 1]
+    members,  # int32 [B, N]
+    size,  # int32 [B, G]
+    merged,  # [B, G, D]
+    total,  # [B, G, 1]
+    num_tokens,
+    num_groups,
+    num_channels,
+    stride_b,
+    stride_n,
+    stride_c,
+    weight_stride_b,
+    weight_stride_n,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    image = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * GROUPS
+    group = first + tl.arange(0, GROUPS)
+    channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    start, count = group_extent(size + image * num_groups, first, num_groups, num_tokens, GROUPS, BLOCK)
+    value, weights = weigh_members(
+        x + image * stride_b,
+        weight + image * weight_stride_b,
+        members + image * num_tokens,
+        start,
+        count,
+        channel,
+        num_tokens,
+        num_channels,
+        stride_n,
+        stride_c,
+        weight_stride_n,
+        GROUPS,
+        MEMBERS,
+        CHANNELS,
+    )
+    inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
+    place = (image * num_groups + group)[:, None] * num_channels + channel[None, :]
+    tl.store(merged + place, value.to(merged.dtype.element_ty), mask=inside)
+    first_channels = (group < num_groups) & (tl.program_id(2) == 0)  # one program writes what all have counted
+    tl.store(total + image * num_groups + group, weights.to(total.dtype.element_ty), mask=first_channels)
 
 
 @triton.jit

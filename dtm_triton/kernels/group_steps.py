@@ -103,3 +103,35 @@ def reduce_members(
     if MODE == "amax":
         total = tl.where(broken > 0, float("nan"), tl.where(count[:, None] > 0, total, 0.0))
     return total
+
+
+@triton.jit
+def weigh_members(
+    x,
+    weight,
+    members,
+    start,
+    count,
+    channel,
+    num_tokens,
+    num_channels,
+    stride_n,
+    stride_c,
+    weight_stride_n,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The weighted mean of every group's members, float32 [GROUPS, CHANNELS], and their total weight [GROUPS]; both 0
+    where the weights add up to 0."""
+    total = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    weights = tl.zeros((GROUPS,), tl.float32)
+    for first in range(0, tl.max(count, 0), MEMBERS):
+        token, valid = member_tokens(members, start, count, first, num_tokens, MEMBERS)
+        share = tl.load(weight + token.to(tl.int64) * weight_stride_n, mask=valid, other=0.0).to(tl.float32)
+        value = load_tokens(x, token, valid, channel, num_channels, stride_n, stride_c)
+        total += tl.sum(value * share[:, :, None], 1)
+        weights += tl.sum(share, 1)
+    empty = weights == 0.0
+    mean = tl.where(empty[:, None], 0.0, total / tl.where(empty, 1.0, weights)[:, None])
+    return mean, weights

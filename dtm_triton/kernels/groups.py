@@ -1,4 +1,4 @@
-"""The launchers of the kernels over groups: sort tokens by group, merge, unmerge, morph."""
+"""The launchers of the kernels over groups: sort tokens by group, merge (weighted or not), unmerge, morph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings
-from dtm_triton.kernels.group_kernels import members_kernel, merge_kernel, morph_kernel, unmerge_kernel
+from dtm_triton.kernels.group_kernels import (
+    members_kernel,
+    merge_kernel,
+    morph_kernel,
+    unmerge_kernel,
+    weighted_merge_kernel,
+)
 from dtm_triton.kernels.tables import family
 
 
@@ -69,6 +75,47 @@ def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
             enable_fp_fusion=True,
         )
     return merged
+
+
+def weighted_merge(x: Tensor, weight: Tensor, members: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of every group and its total weight, in one pass: x [B, N, D], weight [B, N, 1], members int32
+    [B, N], size int32 [B, G] -> [B, G, D] in x's dtype, [B, G, 1] in weight's dtype.
+
+    Computed in float32; 0 where the weights add up to 0.
+    """
+    batch, num_tokens, num_channels = x.shape
+    num_groups = size.shape[1]
+    merged = torch.empty((batch, num_groups, num_channels), dtype=x.dtype, device=x.device)
+    total = torch.empty((batch, num_groups, 1), dtype=weight.dtype, device=x.device)
+    if merged.numel() == 0:
+        assert total.numel() == 0, "a total without channels"
+        return merged, total
+    tiles = settings.group_settings(num_tokens, num_groups, num_channels, family(x.device))
+    grid = (batch, triton.cdiv(num_groups, tiles.groups), triton.cdiv(num_channels, tiles.channels))
+    with torch.cuda.device_of(x):
+        weighted_merge_kernel[grid](
+            x=x,
+            weight=weight,
+            members=members.contiguous(),
+            size=size.contiguous(),
+            merged=merged,
+            total=total,
+            num_tokens=num_tokens,
+            num_groups=num_groups,
+            num_channels=num_channels,
+            stride_b=x.stride(0),
+            stride_n=x.stride(1),
+            stride_c=x.stride(2),
+            weight_stride_b=weight.stride(0),
+            weight_stride_n=weight.stride(1),
+            BLOCK=settings.EXTENT_BLOCK,
+            GROUPS=tiles.groups,
+            MEMBERS=tiles.members,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )
+    return merged, total
 
 
 def unmerge(merged: Tensor, index: Tensor) -> Tensor:
