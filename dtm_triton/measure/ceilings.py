@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dtm_triton.measure.cases import Case, bytes_moved, flops
 from dtm_triton.measure.timing import measure
 
 COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -21,16 +20,13 @@ class Ceilings:
     copy_gb_s: float
     matrix_tflop_s: dict[str, float]
 
-    def floor_ms(self, case: Case) -> float:
-        """No version of the case can be much faster: its least bytes or its least operations, the longer of the two.
+    def floor_ms(self, moved: int, operations: int, dtype: str) -> float:
+        """No version can be much faster than its least bytes and its least operations take, whichever is longer.
 
-        >>> ceilings = Ceilings(copy_gb_s=4300.0, matrix_tflop_s={"bfloat16": 790.0})
-        >>> case = Case(op="match", batch=128, tokens=196, channels=512, schedules=((14,) * 14,))
-        >>> round(ceilings.floor_ms(case), 4)
-        0.006
+        >>> Ceilings(copy_gb_s=4300.0, matrix_tflop_s={"bfloat16": 790.0}).floor_ms(43_000_000, 0, "bfloat16")
+        0.01
         """
-        rate = self.matrix_tflop_s[dtype_name(case.dtype)]
-        return max(bytes_moved(case) / self.copy_gb_s / 1e6, flops(case) / rate / 1e9)
+        return max(moved / self.copy_gb_s / 1e6, operations / self.matrix_tflop_s[dtype] / 1e9)
 
 
 def measure_ceilings(device: torch.device, seconds: float, dtypes: tuple[torch.dtype, ...]) -> Ceilings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtm_triton.measure.cases import Case, bytes_moved, flops
-from dtm_triton.measure.ceilings import Ceilings
+from dtm_triton.measure.ceilings import Ceilings, dtype_name
 
 ASSUMED_DEVICE = "NVIDIA H200"
 
@@ -19,12 +19,11 @@ def estimate(case: Case) -> dict[str, float]:
     >>> {name: round(value, 1) for name, value in estimate(case).items()}
     {'megabytes': 25.8, 'gigaflops': 2.5, 'bytes_us': 6.0, 'flops_us': 3.2, 'floor_us': 6.0}
     """
-    floor_us = 1e3 * ASSUMED.floor_ms(case)
-    rate = ASSUMED.matrix_tflop_s[str(case.dtype).removeprefix("torch.")]
+    moved, operations, dtype = bytes_moved(case), flops(case), dtype_name(case.dtype)
     return {
-        "megabytes": bytes_moved(case) / 1e6,
-        "gigaflops": flops(case) / 1e9,
-        "bytes_us": bytes_moved(case) / ASSUMED.copy_gb_s / 1e3,
-        "flops_us": flops(case) / rate / 1e6,
-        "floor_us": floor_us,
+        "megabytes": moved / 1e6,
+        "gigaflops": operations / 1e9,
+        "bytes_us": 1e3 * ASSUMED.floor_ms(moved, 0, dtype),
+        "flops_us": 1e3 * ASSUMED.floor_ms(0, operations, dtype),
+        "floor_us": 1e3 * ASSUMED.floor_ms(moved, operations, dtype),
     }
