@@ -88,7 +88,7 @@ def match(
             _form_grams(features, gram, first_image, count, num_schedules, gram_stride, tiles)
         with torch.cuda.device_of(features):
             match_kernel[(min(programs, num_schedules * count),)](
-                features=features,
+                features=features if tiles.fused or merge_rows else gram,  # not read: compiled once for all dtypes
                 removed=removed,
                 seed=seed,
                 index=index,

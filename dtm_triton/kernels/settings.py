@@ -50,6 +50,8 @@ class MatchSettings:
     """Channels that one step of the Gram matrix product takes."""
     max_registers: int
     """Per thread, for NVIDIA: the single launch needs many; without them, two programs share a multiprocessor."""
+    rank_columns: int
+    """Keys that one step of ranking by counting takes."""
     gram_warps: int = 4
     """Warps of the Gram launch, when that is one of its own."""
     gram_stages: int = 3
@@ -58,8 +60,6 @@ class MatchSettings:
     """A-slots that look for their partner together."""
     match_columns: int = 32
     """B-slots that a step of that search takes."""
-    rank_columns: int = 32
-    """Keys that one step of ranking by counting takes."""
     link_rows: int = 16
     """Merging tokens whose successor in the list is looked for together."""
     merge_rows: int = 8
@@ -126,13 +126,15 @@ def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: 
     256
     """
     assert num_tokens <= MAX_SLOTS, num_tokens
-    fused = num_tokens <= 64
+    fused, slots = num_tokens <= 64, _slots(num_tokens)
     default = MatchSettings(
         fused=fused,
-        slots=_slots(num_tokens),
+        slots=slots,
         gram_rows=64,
         gram_channels=16 if dtype == torch.float32 else 64,
         max_registers=224 if fused else 128,
+        rank_columns=16 if slots <= 256 else 8,  # wider tiles of the ranking spill
+        num_warps=16 if slots > 512 else 8,
     )
     return tuned(default, "match", match_bucket(num_tokens, dtype, num_tasks), family)
 
