@@ -15,9 +15,25 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if ".venv" not in path.parts 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def floor(path: Path) -> int:
-    """0 kernels, 1 library, 2 training."""
-    return {"kernels": 0, "train": 2}.get(path.relative_to(PACKAGE).parts[0], 1)
+DOORS = {PACKAGE / "kernels" / "bench.py", PACKAGE / "kernels" / "tune.py"}
+"""Scripts that lie beside the kernels for a user to find; they only open what is above, and nothing imports them."""
+SCRIPTS = {f"dtm_triton.kernels.{door.stem}" for door in DOORS}
+
+BELOW = {"kernels": ["kernels"], "library": ["kernels", "library"]}
+BELOW |= {"measure": [*BELOW["library"], "measure"], "train": [*BELOW["library"], "train"]}
+"""What each floor may import: itself and what is below. Measuring and training know nothing of each other."""
+
+
+def floor(module: Path) -> str:
+    """kernels, library, measure or train."""
+    first = module.relative_to(PACKAGE).parts[0]
+    return first if first in BELOW else "library"
+
+
+def floor_of_name(name: str) -> str:
+    """The floor of an imported module, such as dtm_triton.kernels.match."""
+    first = [*name.split("."), "library"][1]
+    return first if first in BELOW else "library"
 
 
 def imported(path: Path) -> list[str]:
@@ -31,16 +47,39 @@ def imported(path: Path) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", sorted(set(MODULES) - DOORS), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_look_down(path: Path) -> None:
-    allowed = {0: ("dtm_triton.kernels",), 1: ("dtm_triton",), 2: ("dtm_triton",)}[floor(path)]
     for name in imported(path):
-        if name.startswith("dtm_triton"):
-            assert name == "dtm_triton" or name.startswith(allowed), f"{name} is above"
-            assert floor(path) == 2 or not name.startswith("dtm_triton.train"), f"{name} is above"
-        elif floor(path) == 0:
-            top = name.split(".")[0]
+        top = name.split(".")[0]
+        if name != "dtm_triton" and top == "dtm_triton":
+            assert floor_of_name(name) in BELOW[floor(path)], f"{name} is above or beside"
+            assert not any(door.stem == name.removeprefix("dtm_triton.kernels.") for door in DOORS), (
+                f"{name} is a script"
+            )
+        elif floor(path) == "kernels" and name != "dtm_triton":
             assert top in {"torch", "triton"} or top in sys.stdlib_module_names, f"the kernels import {name}"
+
+
+def test_floors_are_told_apart() -> None:
+    assert floor(PACKAGE / "kernels" / "match.py") == floor_of_name("dtm_triton.kernels.match") == "kernels"
+    assert floor(PACKAGE / "ops.py") == floor_of_name("dtm_triton.ops") == "library"
+    assert floor(PACKAGE / "measure" / "gate.py") == floor_of_name("dtm_triton.measure.gate") == "measure"
+    assert "measure" not in BELOW["train"] and "train" not in BELOW["measure"]
+
+
+@pytest.mark.parametrize("door", sorted(DOORS), ids=lambda path: path.name)
+def test_the_doors_among_the_kernels_only_open(door: Path) -> None:
+    """They are the exception to the rule above, so they hold nothing but an import of one main, and its call."""
+    above = [name for name in imported(door) if name.startswith("dtm_triton.")]
+    assert above == [f"dtm_triton.measure.{door.stem}", f"dtm_triton.measure.{door.stem}.main"]
+    assert len(door.read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize("door", sorted(DOORS), ids=lambda path: path.name)
+def test_the_doors_open_from_a_checkout(door: Path, tmp_path: Path) -> None:
+    script = ROOT / "kernels" / door.name
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert f"usage: dtm-{door.stem}" in done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -222,7 +222,8 @@ def _match_merge(case: Case, x: Tensor, backend: str) -> tuple[Tensor, ...]:
 def bytes_moved(case: Case) -> int:
     """The least bytes to move: every input read once, every output written once.
 
-    A loss moves its slopes as well, one row per group, written by the forward and read by the backward.
+    A loss moves as well what its forward must leave for its backward, once each way: a row per group and schedule, or
+    one per token, whichever is less.
 
     >>> bytes_moved(Case(op="unmerge", batch=1, tokens=8, channels=4, schedules=((3,),))) == 2 * (8 + 5) * 4 + 4 * 8
     True
@@ -237,9 +238,9 @@ def bytes_moved(case: Case) -> int:
     if case.op == "match_merge":
         return all_tokens + index + sizes + merged
     if case.op == "dtm_loss":
-        return 3 * all_tokens + 2 * merged
+        return 3 * all_tokens + 2 * min(merged, all_tokens)
     if case.op == "morph_loss":
-        return 3 * all_tokens + 2 * merged + index + sizes
+        return 3 * all_tokens + 2 * min(merged, all_tokens) + index + sizes
     if case.op == "tome_step":
         metric = case.batch * case.tokens * METRIC_CHANNELS * width
         return metric + all_tokens + merged + case.batch * (case.tokens + groups) * width
