@@ -79,6 +79,7 @@ def loss_forward(
             CHANNELS=tiles.channels,
             num_warps=tiles.num_warps,
             enable_fp_fusion=True,
+            **settings.register_bound(tiles.max_registers),
             **extra,
         )
     return loss, slopes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -134,7 +132,7 @@ def match(
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
                 enable_fp_fusion=True,
-                **_register_bound(tiles),
+                **settings.register_bound(tiles.max_registers),
             )
     return index, size, members, merged
 
@@ -188,7 +186,3 @@ def on_device(name: str, tensor: Tensor, device: torch.device) -> Tensor:
             f"{name} must be on {device} to be captured in a CUDA graph, got a tensor on {tensor.device}"
         )
     return tensor.to(device, non_blocking=True)
-
-
-def _register_bound(tiles: MatchSettings) -> dict[str, Any]:
-    return {} if torch.version.hip else {"maxnreg": tiles.max_registers}

@@ -103,12 +103,13 @@ def gram_kernel(
     inside = (i < num_tokens)[:, None] & (j < num_tokens)[None, :]
     matrix = (num_tokens + 1) * gram_stride
     first = gram_scratch + image.to(tl.int64) * matrix
+    further = tl.num_programs(2).to(tl.int64) * matrix  # from one schedule to the next
     # Offsets within a matrix in 32 bits, and one triangle after the other: half the registers, and no spill.
     place = i[:, None] * gram_stride + j[None, :]
     for schedule in range(num_schedules):
-        tl.store(first + tl.cast(schedule, tl.int64) * tl.num_programs(2) * matrix + place, product, mask=inside)
+        tl.store(first + schedule * further + place, product, mask=inside)
     if MIRROR:
         if tile_j < tile_i:
             place = j[None, :] * gram_stride + i[:, None]
             for schedule in range(num_schedules):
-                tl.store(first + tl.cast(schedule, tl.int64) * tl.num_programs(2) * matrix + place, product, mask=inside)
+                tl.store(first + schedule * further + place, product, mask=inside)

@@ -92,6 +92,14 @@ class GroupSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossSettings(GroupSettings):
+    """Tiles of the loss kernels."""
+
+    max_registers: int = 128
+    """Per thread, for NVIDIA: without a bound ptxas takes fewer, and spills."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatherSettings:
     """Tiles of the kernels that give every token what its group holds."""
 
@@ -169,7 +177,7 @@ def loss_bucket(num_channels: int, batch: int) -> str:
     return f"c{_channels(num_channels)} {'few' if batch <= FEW_TASKS else 'many'}"
 
 
-def loss_settings(num_channels: int, batch: int, family: str) -> GroupSettings:
+def loss_settings(num_channels: int, batch: int, family: str) -> LossSettings:
     """Tiles of the loss where channels count one by one. How large groups are is not known: a middling shape.
 
     >>> loss_settings(512, 128, "cpu").channels
@@ -190,7 +198,7 @@ def row_loss_bucket(num_channels: int) -> str:
     return f"c{max(16, next_power_of_two(num_channels))}"
 
 
-def row_loss_settings(num_channels: int, family: str) -> GroupSettings:
+def row_loss_settings(num_channels: int, family: str) -> LossSettings:
     """Tiles of the loss where a group's channels count together: rows are as wide as C.
 
     Rows of more than 32,768 channels no longer fit the registers: right, but slow.
@@ -200,9 +208,11 @@ def row_loss_settings(num_channels: int, family: str) -> GroupSettings:
     """
     channels = max(16, next_power_of_two(num_channels))
     if channels <= 512:
-        default = GroupSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
+        default = LossSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
     else:
-        default = GroupSettings(groups=1, members=2, channels=channels, num_warps=min(32, max(4, channels // 512)))
+        warps = min(32, max(4, channels // 512))
+        registers = min(128, 2**16 // (32 * warps))  # a program of 32 warps gets no more
+        default = LossSettings(groups=1, members=2, channels=channels, num_warps=warps, max_registers=registers)
     return tuned(default, "row_loss", row_loss_bucket(num_channels), family)
 
 
@@ -232,6 +242,15 @@ def count_settings(family: str) -> CountSettings:
     32
     """
     return tuned(CountSettings(), "count", "any", family)
+
+
+def register_bound(max_registers: int) -> dict[str, int]:
+    """The launch option that bounds registers, which only NVIDIA's compiler knows.
+
+    >>> register_bound(128)
+    {'maxnreg': 128}
+    """
+    return {} if torch.version.hip else {"maxnreg": max_registers}
 
 
 def next_power_of_two(number: int) -> int:
