@@ -1,6 +1,7 @@
 """Token morphing: what `from dtm_triton import morph` gives.
 
-Groups: `match_tokens`, `TokenGroups`, `MorphSchedule`. On tokens: `merge_tokens`, `unmerge_tokens`, `morph_tokens`.
+Groups: `match_tokens`, `TokenGroups`, `MorphSchedule`. On tokens: `merge_tokens`, `weighted_merge_tokens`,
+`unmerge_tokens`, `morph_tokens`.
 Losses: `morph_loss`, `dtm_loss`. Modules: `TokenMorph`, `TokenMerge`, `DTMLoss`.
 
 >>> tokens = torch.randn(8, 196, 384)
@@ -12,7 +13,7 @@ torch.Size([8, 98, 384])
 import torch  # noqa: F401  (the example's)
 
 from dtm_triton.dtm import DTMLoss
-from dtm_triton.groups import TokenGroups, merge_tokens, morph_tokens, unmerge_tokens
+from dtm_triton.groups import TokenGroups, merge_tokens, morph_tokens, unmerge_tokens, weighted_merge_tokens
 from dtm_triton.losses import dtm_loss, morph_loss
 from dtm_triton.matching import match_tokens
 from dtm_triton.modules import TokenMerge, TokenMorph
@@ -30,4 +31,5 @@ __all__ = [
     "morph_loss",
     "morph_tokens",
     "unmerge_tokens",
+    "weighted_merge_tokens",
 ]
