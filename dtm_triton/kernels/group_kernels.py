@@ -115,8 +115,8 @@ def weighted_merge_kernel(
     inside = (group < num_groups)[:, None] & (channel < num_channels)[None, :]
     place = (image * num_groups + group)[:, None] * num_channels + channel[None, :]
     tl.store(merged + place, value.to(merged.dtype.element_ty), mask=inside)
-    first_channels = (group < num_groups) & (tl.program_id(2) == 0)  # one program writes what all have counted
-    tl.store(total + image * num_groups + group, weights.to(total.dtype.element_ty), mask=first_channels)
+    if tl.program_id(2) == 0:  # one program writes what all have added
+        tl.store(total + image * num_groups + group, weights.to(total.dtype.element_ty), mask=group < num_groups)
 
 
 @triton.jit

@@ -63,6 +63,22 @@ def test_merge(tokens: int, groups: int, channels: int, mode: str, dtype: torch.
 
 
 @over_tiles
+@over_dtypes
+@pytest.mark.parametrize(("tokens", "groups", "channels"), [(1, 1, 1), (37, 12, 21), (33, 2, 5)])
+def test_weighted_merge(tokens: int, groups: int, channels: int, dtype: torch.dtype, backend: str) -> None:
+    index, size = partition(2, tokens, groups)
+    size = torch.cat([size, torch.zeros_like(size[:, :1])], 1)  # one group more that nobody is in
+    x = normal(2, channels, tokens, dtype=dtype).transpose(1, 2)
+    weight = normal(4, 1, 2 * tokens).abs()[::2, :, ::2].transpose(1, 2)
+    merged, total = launch.weighted_merge(x, weight, launch.group_members(index, groups + 1), size)
+    assert merged.dtype == dtype and total.dtype == torch.float32
+    wanted, wanted_total = reference.weighted_merge(x.float(), weight, index, size)
+    torch.testing.assert_close(merged.float(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(total, wanted_total, rtol=1e-6, atol=1e-6)
+    assert (merged[:, -1] == 0).all() and (total[:, -1] == 0).all()
+
+
+@over_tiles
 def test_a_maximum_knows_what_is_not_a_number(backend: str) -> None:
     index, size = partition(1, 20, 6)
     x = normal(1, 20, 4)
@@ -102,6 +118,7 @@ def test_wrong_groups_reach_no_foreign_memory() -> None:
     assert torch.equal(members.sort(1).values.cpu(), torch.arange(9).int().expand(2, -1))
     for mode in ("mean", "sum", "amax"):
         launch.merge(x, index, size, mode)
+    launch.weighted_merge(x, x[:, :, :1], index, size)
     launch.morph(x, index, size)
     assert (launch.unmerge(x[:, :3], index)[:, [0, 1, 2, 6]] == 0).all()
 
@@ -113,4 +130,6 @@ def test_nothing_to_merge(batch: int) -> None:
     members = launch.group_members(index, 1)
     assert members.shape == (batch, 4)
     assert launch.merge(x, members, size, "mean").shape == (batch, 1, 3)
+    merged, total = launch.weighted_merge(x, x[:, :, :1], members, size)
+    assert merged.shape == (batch, 1, 3) and total.shape == (batch, 1, 1)
     assert launch.morph(x, members, size).shape == launch.unmerge(x[:, :1], index).shape == (batch, 4, 3)
