@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,78 @@ def test_a_protected_token_and_a_random_split() -> None:
     first, groups = merge(X)
     assert first[:, 0].equal(X[:, 0]) and (groups.index[:, 0] == 0).all()
     assert not merge(X)[1].index.equal(groups.index)
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.6, 1.0])
+def test_modules_pass_the_threshold_on(threshold: float) -> None:
+    groups = morph.match_tokens(X, [6, 4], threshold=threshold)
+    assert groups.size.shape == (2, 16) and (threshold > -1) == (groups.count.max().item() > 6)
+    options = dict(threshold=threshold)
+    assert morph.TokenMorph([6, 4], **options)(X).equal(morph.morph_tokens(X, groups))
+    for extra in ((), (X.clone(),)):
+        merged, found = morph.TokenMerge([6, 4], **options)(X, *extra)
+        torch.testing.assert_close(merged, morph.merge_tokens(X, groups))
+        assert found.index.equal(groups.index) and found.size.equal(groups.size)
+        assert merged.shape == X.shape and (merged[groups.size == 0] == 0).all()
+        assert morph.unmerge_tokens(merged, found).shape == X.shape
+
+
+@pytest.mark.parametrize("kind", [morph.TokenMorph, morph.TokenMerge])
+def test_the_schedule_goes_where_the_module_goes(kind: type[morph.TokenMorph]) -> None:
+    """It is a buffer, so that no call copies it from the host; but no state, and nothing can change it."""
+    module = kind([4, 3])
+    assert module.state_dict() == {} and module.removed.tolist() == [[4, 3]]
+    assert module.to("meta").removed.device.type == "meta"
+    assert module.to_empty(device="cpu").removed.tolist() == [[4, 3]]
+    assert module.half().removed.dtype == torch.int32 and module.double().removed.tolist() == [[4, 3]]
+    with torch.device("meta"):
+        assert kind([4, 3]).to_empty(device="cpu").removed.tolist() == [[4, 3]]
+    expected = torch.utils._pytree.tree_leaves(module(X))
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert all(a.equal(b) for a, b in zip(torch.utils._pytree.tree_leaves(twin(X)), expected, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.3}, {"num_protected": 1}, {"split": "random"}], ids=str)
+@pytest.mark.parametrize("kind", [morph.TokenMorph, morph.TokenMerge])
+def test_modules_compile(kind: type[morph.TokenMorph], options: dict[str, Any]) -> None:
+    module, results = kind([4, 3], **options), []
+    for function in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        results.append(torch.utils._pytree.tree_leaves(function(X)))
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_a_captured_module_replays(threshold: float | None) -> None:
+    module, x = morph.TokenMerge([4, 3], threshold=threshold).cuda(), X.cuda()
+    module(x)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        merged, groups = module(x)
+    x.copy_(X.flip(0))
+    graph.replay()
+    expected, expected_groups = module(x)
+    assert merged.equal(expected) and groups.index.equal(expected_groups.index)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="detects waits for a GPU")
+def test_a_generator_on_the_gpu_is_not_waited_for() -> None:
+    x, generator = X.cuda(), torch.Generator("cuda").manual_seed(0)
+    module = morph.TokenMerge([4, 3]).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert matching.draw_seed("random", generator).is_cuda
+        module(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    generator.manual_seed(0)
+    seed = int(matching.draw_seed("random", generator))
+    by_backend = []
+    for backend in ("reference", "portable", "triton"):
+        generator.manual_seed(0)
+        by_backend.append(morph.match_tokens(x, [4], split="random", generator=generator, backend=backend).index)
+    assert seed >= 0 and all(index.equal(by_backend[0]) for index in by_backend)
 
 
 def losses(module: morph.DTMLoss, count: int = 5) -> list[float]:
@@ -146,4 +219,5 @@ def test_training_with_the_module_moves_outputs_to_morphed_targets() -> None:
 
 def test_repr_tells_the_settings() -> None:
     assert "removed=(3,), num_protected=1" in repr(morph.TokenMorph([3], num_protected=1))
+    assert "threshold=0.5)" in repr(morph.TokenMerge([3], threshold=0.5))
     assert "num_schedules=2, max_removed=16" in repr(make())

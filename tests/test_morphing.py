@@ -90,10 +90,11 @@ def same_gradient(x: Tensor, expected: Callable[[Tensor], Tensor], actual: Calla
     close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("threshold", [None, 0.5])
 @pytest.mark.parametrize("mode", ["mean", "sum", "amax"])
-def test_gradcheck(mode: str) -> None:
+def test_gradcheck(mode: str, threshold: float | None) -> None:
     features = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    groups = morph.match_tokens(features, [3, 2])
+    groups = morph.match_tokens(features, [3, 2], threshold=threshold)
     x = features.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: morph.merge_tokens(z, groups, mode), x)
     assert torch.autograd.gradgradcheck(lambda z: morph.merge_tokens(z, groups, mode), x)
@@ -133,6 +134,28 @@ def test_smallest_shapes(backend: str, shape: tuple[int, int, int]) -> None:
     assert merged.shape == (shape[0], groups.num_groups, shape[2]) and merged.eq(1).all()
     assert morph.unmerge_tokens(merged, groups, backend=backend).equal(x)
     assert morph.morph_tokens(x, groups, backend=backend).equal(x)
+
+
+@over_backends
+def test_images_with_fewer_groups(backend: str) -> None:
+    """Rows past an image's last group are 0 and take no part: not in the results, nor in gradients."""
+    index, size = torch.tensor([[0, 1, 0, 2], [0, 0, 0, 0]]), torch.tensor([[2, 1, 1], [4, 0, 0]])
+    groups = morph.TokenGroups(index.int().to(DEVICE), size.int().to(DEVICE))
+    assert groups.count.tolist() == [3, 1]
+    x = torch.arange(16.0, device=DEVICE).view(2, 4, 2).requires_grad_()
+    wanted = {"mean": [11.0, 12], "sum": [44.0, 48], "amax": [14.0, 15]}
+    for mode, values in wanted.items():
+        merged = morph.merge_tokens(x, groups, mode, backend=backend)  # type: ignore[arg-type]
+        assert merged[1].tolist() == [values, [0, 0], [0, 0]]
+        slope = torch.autograd.grad(merged.sum(), x, create_graph=True)[0]
+        share = {"mean": [0.25] * 4, "sum": [1.0] * 4, "amax": [0.0, 0, 0, 1]}[mode]
+        assert slope[1, :, 0].tolist() == slope[1, :, 1].tolist() == share
+    morphed = morph.morph_tokens(x, groups, backend=backend)
+    assert morphed[1].tolist() == [[11.0, 12]] * 4
+    spread = morph.unmerge_tokens(merged, groups, backend=backend)
+    assert torch.autograd.grad(spread.sum(), merged)[0][1].tolist() == [[4.0, 4], [0, 0], [0, 0]]
+    loss = morph.morph_loss(x, x.detach() + 1, groups, "l2", backend=backend)
+    assert loss.item() == pytest.approx(1, rel=1e-6) and torch.autograd.grad(loss, x)[0].isfinite().all()
 
 
 @over_backends
