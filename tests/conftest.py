@@ -52,6 +52,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     group = settings.GroupSettings(groups=2, members=2, channels=8)
     monkeypatch.setattr(settings, "match_settings", match_settings)
     monkeypatch.setattr(settings, "group_settings", lambda *_: group)
-    monkeypatch.setattr(settings, "loss_settings", lambda *_: group)
+    loss = settings.LossSettings(groups=2, members=2, channels=8)
+    monkeypatch.setattr(settings, "loss_settings", lambda *_: loss)
     monkeypatch.setattr(settings, "gather_settings", lambda *_: settings.GatherSettings(tokens=4, channels=8))
     monkeypatch.setattr(settings, "count_settings", lambda *_: settings.CountSettings(rows=4, columns=4))

@@ -150,10 +150,12 @@ def _form_grams(
     _, num_tokens, num_channels = features.shape
     edge = triton.cdiv(num_tokens, tiles.gram_rows)
     with torch.cuda.device_of(features):
-        gram_kernel[(edge, edge, images)](
+        gram_kernel[(images * edge * edge,)](
             features=features,
             gram_scratch=gram,
             first_image=first_image,
+            images=images,
+            edge=edge,
             num_schedules=num_schedules,
             num_tokens=num_tokens,
             num_channels=num_channels,

@@ -76,6 +76,8 @@ def gram_kernel(
     features,  # [B, N, C]
     gram_scratch,  # float32 [L, images, N + 1, gram_stride]
     first_image,
+    images,
+    edge,
     num_schedules,
     num_tokens,
     num_channels,
@@ -90,9 +92,9 @@ def gram_kernel(
 ):
     """One tile of one image's matrix, written once for every schedule, since each changes its own in place."""
     MIRROR: tl.constexpr = PRECISION != "tf32x3"
-    tile_i = tl.program_id(0)
-    tile_j = tl.program_id(1)
-    image = tl.program_id(2)
+    image = tl.program_id(0) // (edge * edge)  # an image's tiles are neighbours: they share its features
+    tile_i = tl.program_id(0) // edge % edge
+    tile_j = tl.program_id(0) % edge
     if MIRROR:
         if tile_j > tile_i:
             return
@@ -103,7 +105,7 @@ def gram_kernel(
     inside = (i < num_tokens)[:, None] & (j < num_tokens)[None, :]
     matrix = (num_tokens + 1) * gram_stride
     first = gram_scratch + image.to(tl.int64) * matrix
-    further = tl.num_programs(2).to(tl.int64) * matrix  # from one schedule to the next
+    further = tl.cast(images, tl.int64) * matrix  # from one schedule to the next
     # Offsets within a matrix in 32 bits, and one triangle after the other: half the registers, and no spill.
     place = i[:, None] * gram_stride + j[None, :]
     for schedule in range(num_schedules):

@@ -185,7 +185,7 @@ def loss_settings(num_channels: int, batch: int, family: str) -> LossSettings:
     """
     channels = min(_channels(num_channels), 32 if batch <= FEW_TASKS else 128)
     return tuned(
-        GroupSettings(groups=8, members=2, channels=channels), "loss", loss_bucket(num_channels, batch), family
+        LossSettings(groups=8, members=2, channels=channels), "loss", loss_bucket(num_channels, batch), family
     )
 
 
