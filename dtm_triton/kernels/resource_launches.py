@@ -25,10 +25,10 @@ KEPT: dict[str, Any] = dict(num_protected=1, random_split=False, keep_order=True
 MERGE = KEPT | {"merge_rows": LEFT}
 ALL = RANDOM | MERGE | {"random_split": True, "threshold": 0.5}
 FORMS: dict[str, dict[str, Any]] = {
-    "fused": {"fused": True, "max_registers": 224},
+    "fused": {"fused": True, "max_registers": 255},
     "split": {"fused": False, "max_registers": 128},
 }
-"""Matching in one launch, and with a launch for the Gram matrices: each with the registers that its programs take."""
+"""Matching in one launch, and with a launch for the Gram matrices: how tuning may choose what is not the default."""
 
 
 def launches(target: str) -> dict[str, Launch]:
@@ -89,10 +89,13 @@ def _match(
 ) -> None:
     """Matching in the form that is shipped (None), or in one of the two."""
     schedules = 1 if "merge_rows" in options else SCHEDULES
-    bucket = settings.match_bucket(tokens, dtype, schedules * batch) if form else ""
-    shipped = tables.table(target)["settings"].get("match", {}).get(bucket, {})
     removed, seed = _empty(schedules, iterations), _empty(1, dtype=torch.int64)
-    with tables.trial(target, "match", bucket, shipped | FORMS[form]) if form else nullcontext():
+    trial: Any = nullcontext()
+    if form and FORMS[form]["fused"] != settings.match_settings(tokens, dtype, schedules * batch, target).fused:
+        bucket = settings.match_bucket(tokens, dtype, schedules * batch)
+        shipped = tables.table(target)["settings"].get("match", {}).get(bucket, {})
+        trial = tables.trial(target, "match", bucket, shipped | FORMS[form])
+    with trial:
         launch.match(_empty(batch, tokens, channels, dtype=dtype), removed, seed, **options)
 
 

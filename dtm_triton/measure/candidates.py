@@ -50,6 +50,19 @@ SINGLES: dict[str, dict[str, tuple[Any, ...]]] = {
     "row_loss": {"members": (1, 2, 4, 8)},
     "gather": {},
     "count": {},
+    "stream": {
+        "norms": (False, True),
+        "place": (False, True),
+        "resident": (False,),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "channels": (32, 64, 128),
+        "programs": (64, 128, 256),
+        "select_warps": (4, 8, 16),
+        "place_rows": (32, 64, 128),
+        "place_columns": (32, 64, 128),
+        "norm_rows": (16, 32, 64),
+    },
 }
 """Fields by op, the most promising first, and their values."""
 
@@ -64,6 +77,7 @@ TOGETHER: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
     "loss": ({"groups": (0.5, 1, 2), "channels": (0.5, 1, 2), "num_warps": (2, 4, 8)},),
     "row_loss": ({"groups": (0.5, 1, 2), "num_warps": (2, 4, 8, 16)},),
     "gather": ({"tokens": (0.5, 1, 2), "channels": (0.5, 1, 2), "num_warps": (2, 4, 8)},),
+    "stream": ({"rows": (0.5, 1, 2), "columns": (0.5, 1, 2), "num_warps": (4, 8)},),
     "count": ({"rows": (0.5, 1, 2), "columns": (0.5, 1, 2), "num_warps": (2, 4, 8)},),
 }
 """Fields by op that are tried in every combination; a fraction or a small number scales a tile's default."""
@@ -71,7 +85,10 @@ TOGETHER: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
 SCALED = ("groups", "channels", "tokens", "rows", "columns")
 """Fields whose values in TOGETHER scale the default."""
 
-NO_TILES = ("fused", "max_registers", "num_stages", "gram_stages", "max_programs")
+NO_TILES = (
+    *("fused", "resident", "norms", "place"),
+    *("max_registers", "max_programs", "programs", "num_stages", "gram_stages"),
+)
 """Fields that need not be powers of two."""
 
 
@@ -120,19 +137,39 @@ def legal(op: str, bucket: str, settings: Any, default: Any, family: str = "") -
         return False
     if not 1 <= values["num_warps"] <= 32 or ("channels" in values and values["channels"] < 16):
         return False
+    if tile(settings) > max(TILE, tile(default)):
+        return False
+    if op == "stream":
+        rows, columns, stages = settings.rows, settings.columns, settings.num_stages
+        if settings.resident:  # whole rows of channels, how many the bucket does not tell: nothing larger
+            return rows <= default.rows and columns <= default.columns and stages <= default.num_stages
+        return _dot_fits(rows, columns, settings.channels, settings.num_warps, stages, bucket, family)
     if op != "match":
-        return tile(settings) <= max(TILE, tile(default))
+        return True
     if not 32 <= settings.max_registers <= min(MOST_REGISTERS, REGISTERS // (32 * settings.num_warps)):
         return False
-    if min(settings.gram_rows, settings.gram_channels) < 16 or tile(settings) > max(TILE, tile(default)):
-        return False
-    warps = settings.num_warps if settings.fused else settings.gram_warps
-    if settings.gram_rows**2 // (32 * warps) > DOT_TILE:
-        return False
+    warps, stages = settings.gram_warps, settings.gram_stages
+    if settings.fused:
+        warps, stages = settings.num_warps, settings.num_stages
+    rows, channels = settings.gram_rows, settings.gram_channels
+    return _dot_fits(rows, rows, channels, warps, stages, bucket, family)
+
+
+def _dot_fits(rows: int, columns: int, channels: int, warps: int, stages: int, bucket: str, family: str) -> bool:
+    """Whether a product's accumulator fits the registers, and its pipeline the shared memory."""
     width = 4 if "single" in bucket else 2
-    stages = settings.num_stages if settings.fused else settings.gram_stages
-    shared = 2 * settings.gram_rows * settings.gram_channels * width * stages
-    return shared <= SHARED_BYTES.get(family, (64 if family.startswith("gfx") else 99) * 1024)
+    if min(rows, columns, channels) < 16 or rows * columns // (32 * warps) > DOT_TILE:
+        return False
+    return (rows + columns) * channels * width * stages <= shared_bytes(family)
+
+
+def shared_bytes(family: str) -> int:
+    """Shared memory that a program may take.
+
+    >>> shared_bytes("gfx942"), shared_bytes("sm_90")
+    (65536, 232448)
+    """
+    return SHARED_BYTES.get(family, (64 if family.startswith("gfx") else 99) * 1024)
 
 
 def tile(settings: Any) -> int:
@@ -152,6 +189,11 @@ def tile(settings: Any) -> int:
             values["merge_rows"] * values["block_columns"],
             values["mean_groups"] * values["mean_channels"],
         ]
+    elif "select_warps" in values:
+        return max(
+            values["rows"] * values["columns"] // (32 * values["num_warps"]) // 2,  # the accumulator of a product
+            values["place_rows"] * values["place_columns"] // (32 * values["select_warps"]),
+        )
     elif "groups" in values:
         tiles = [values["groups"] * values["members"] * values["channels"]]
     else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dtm_triton.kernels import tables
-from dtm_triton.kernels.recording import identity, recording
+from dtm_triton.kernels.recording import recording
 from dtm_triton.measure import gate, timing
 from dtm_triton.measure.candidates import Fields, candidates
 from dtm_triton.measure.cases import Case, call, make_inputs
@@ -152,11 +152,17 @@ def better(old: Trial, new: Trial) -> bool:
     return gain > LEAST_GAIN * old.microseconds and gain > max(old.spread, new.spread)
 
 
-def launched(run: Callable[[], object], subject: Subject, fields: Fields, family: str) -> tuple[str, ...]:
-    """The launches of a call under `fields`, without launching any."""
+def launched(run: Callable[[], object], subject: Subject, fields: Fields, family: str) -> str:
+    """The launches of a call under `fields`, without launching any: equal for equal launches."""
     with tables.trial(family, subject.op, subject.bucket, fields), recording(family) as launches:
         run()
-    return tuple(f"{launch.grid} {identity(launch)}" for launch in launches)
+    return repr([(launch.name, launch.grid, _plain(launch.arguments)) for launch in launches])
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: (value.shape, value.dtype) if isinstance(value, Tensor) else value for name, value in arguments.items()
+    }
 
 
 def attempt(

@@ -1,4 +1,4 @@
-"""Tune launch settings on the GPU at hand: `dtm-tune`, or `python kernels/tune.py` in a checkout.
+"""Tune launch settings on the GPU at hand: `python kernels/tune.py`, or `dtm-tune` where it is installed.
 
     dtm-tune                                      # the usual ops and shapes; writes kernels/tuned/FAMILY.json
     dtm-tune --op match --tokens 196 --minutes 5  # one op and shape
@@ -15,9 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: import the package from this checkout, and nothing from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
 import torch
 
 from dtm_triton.kernels import tables
@@ -31,11 +28,13 @@ from dtm_triton.measure.trials import Trial, Verdict, search, subjects
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="dtm-tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_case_arguments(parser)
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after about this long (30)")
     parser.add_argument("--seconds", type=float, default=0.2, help="of timing for each candidate (0.2)")
-    parser.add_argument("--write", type=Path, help="the table to change, instead of kernels/tuned/FAMILY.json")
+    parser.add_argument("--write", type=Path, help="the table to change, or its folder, instead of kernels/tuned")
     parser.add_argument("--dry-run", action="store_true", help="rank by compiled resources, on any machine")
     parser.add_argument("--target", choices=dry_run.MULTIPROCESSORS, default="sm_90", help="of a dry run (sm_90)")
     options = parser.parse_args(arguments)
@@ -43,14 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         if INTERPRETED:
             parser.error("set TRITON_INTERPRET=0: the interpreter compiles nothing")
-        rank_all(cases, options.target, options.write)
+        rank_all(cases, options.target, options.write and table_path(options.write, options.target))
         return
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU to tune on; --dry-run ranks settings by compiled resources")
     device = torch.device("cuda", torch.cuda.current_device())
     family = tables.family(device)
-    path = options.write or tables.FOLDER / f"{family}.json"
+    path = table_path(options.write or tables.FOLDER, family)
     tune_all(cases, family, device, path, minutes=options.minutes, seconds=options.seconds)
+
+
+def table_path(place: Path, family: str) -> Path:
+    """The table that a file or folder means.
+
+    >>> table_path(Path("results"), "sm_90").as_posix(), table_path(Path("results/mine.json"), "sm_90").as_posix()
+    ('results/sm_90.json', 'results/mine.json')
+    """
+    return place if place.suffix == ".json" else place / f"{family}.json"
 
 
 def tune_all(
