@@ -172,21 +172,20 @@ def test_more_tokens_than_a_kernel_holds(backend: str) -> None:
 
 @over_backends
 @pytest.mark.parametrize("split", ["alternating", "random"])
-@pytest.mark.parametrize("threshold", [-9.0, 0.1, 0.3, 0.4, 9.0])
+@pytest.mark.parametrize("threshold", [-9.0, 0.5, 9.0])
 def test_images_differ_in_groups_under_a_threshold(backend: str, threshold: float, split: str) -> None:
     """Every image is grouped as it would be alone, by as many merges as its own similarities allow."""
-    features = make_features("normal", 4, 33, 24, seed=8, dtype=torch.float32)
+    features = make_features("normal", 4, 21, 12, seed=8, dtype=torch.float32)
     features[0] = features[0, :1]  # all pass
     options = dict(num_protected=0, split=split, keep_order=None, threshold=threshold)
-    case = Case(features, [9, 8, 7], options)
+    case = Case(features, [7, 5], options)
     groups, truth = case.groups(backend), case.groups("reference", features.double())
     assert assert_same_groups(groups.index, truth.index, decision_margins(case)) >= 3
-    if threshold < -1 or threshold > 1:
-        assert groups.count.tolist() == [33 - 24 if threshold < -1 else 33] * 4
+    counts = groups.count.tolist()
+    if abs(threshold) > 1:
+        assert counts == [9 if threshold < 0 else 21] * 4
     else:
-        assert groups.count[0] == 9
-    if threshold in (0.3, 0.4):
-        assert groups.count[1:].min() > 9
+        assert counts[0] == 9 and min(counts[1:]) > 9 and len(set(counts[1:])) > 1
 
 
 @over_backends
