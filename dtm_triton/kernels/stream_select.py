@@ -99,10 +99,10 @@ def select_kernel(
     is_a = i < na
     a = a_slot(slots, tl.minimum(i, na - 1), RANDOM_SPLIT)
     share = (num_tokens + 1) // 2
-    place = (task % matched).to(tl.int64) * share + i
+    entry = (task % matched).to(tl.int64) * share + i
     norms = inverse_norm + (task % normed).to(tl.int64) * num_tokens
     stride = tl.cast(matched, tl.int64) * share
-    mine, chosen = best_share(key + place, partner + place, norms, a, is_a, stride, SHARES, NUM_PROTECTED)
+    mine, chosen = best_share(key + entry, partner + entry, norms, a, is_a, stride, SHARES, NUM_PROTECTED)
     r = tl.minimum(tl.load(removed + schedule * num_iterations + iteration), (n - NUM_PROTECTED) // 2)
     if THRESHOLD:
         r = tl.minimum(r, tl.sum((mine > ordered_key(tl.cast(threshold, tl.float32))).to(tl.int32), 0))

@@ -82,7 +82,7 @@ def stream_settings(num_tokens: int, num_channels: int, dtype: torch.dtype, fami
         num_warps=4 if single else 8,
         num_stages=2 if single else 3,
         place=few,
-        select_warps=min(32, max(4, slots // 1024)),
+        select_warps=min(32, max(4, slots // 512)),
     )
     return tuned(default, "stream", stream_bucket(num_tokens, num_channels, dtype), family)
 
