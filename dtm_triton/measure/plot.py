@@ -46,7 +46,10 @@ def draw(record: Record, path: Path) -> bool:
     axes.set_title(record.machine["device"], fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.6 / len(cases)), ncols=4, frameon=False, fontsize=8)
+    if axes.collections:
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.6 / len(cases)), ncols=4, frameon=False, fontsize=8
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return True

@@ -1,0 +1,81 @@
+"""Baselines from checkouts of the released programs, tried on a stand-in that this test writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtm_triton.measure import released
+from dtm_triton.measure.baselines import build_call
+from dtm_triton.measure.cases import Case, call, make_inputs
+
+CPU = torch.device("cpu")
+
+STAND_IN = '''
+"""The interface of a released program's matching, over this library's own functions."""
+from dtm_triton import tome
+
+def bipartite_soft_matching(metric, r, class_token=False, distill_token=False):
+    return tome.bipartite_soft_matching(metric, r, class_token, distill_token, backend="reference")
+
+merge_wavg = tome.merge_wavg
+merge_source = tome.merge_source
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for file in released.FILES.values():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(STAND_IN)
+    return tmp_path
+
+
+def case(op: str) -> Case:
+    schedules = {"match": ((3, 2),), "dtm_loss": ((3, 2), (1,)), "tome_step": ((3,),)}[op]
+    protected = int(op == "tome_step")
+    return Case(op=op, batch=2, tokens=12, channels=8, dtype=torch.float32, schedules=schedules, protected=protected)
+
+
+@pytest.mark.parametrize(("program", "op"), [(program, op) for program, ops in released.OPS.items() for op in ops])
+def test_a_released_program_computes_the_same(program: str, op: str, checkout: Path) -> None:
+    """Else comparing its time with ours would compare different things."""
+    modules = {program: released.load(program, checkout)}
+    inputs = make_inputs(case(op), CPU)
+    function = build_call(program, case(op), inputs, modules, 0.0)
+    assert function is not None
+    actual, expected = function(), call(case(op), inputs, "reference")()
+    if op == "match":  # it gives the dense source matrix
+        source = actual[0]
+        torch.testing.assert_close(source.argmax(1).int(), expected[0])
+        torch.testing.assert_close(source.sum(2).int(), expected[1])
+        return
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_a_program_does_not_do_is_left_out(checkout: Path) -> None:
+    merge = replace(case("match"), op="merge")
+    modules = {"tome": released.load("tome", checkout)}
+    assert build_call("tome", merge, make_inputs(merge, CPU), modules, 0.0) is None
+    assert build_call("dtm", case("match"), make_inputs(case("match"), CPU), modules, 0.0) is None, "not given"
+
+
+def test_a_folder_that_is_no_checkout_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(released.NotReleased, match=r"bm/merge\.py: not found; --dtm takes"):
+        released.load("dtm", tmp_path)
+
+
+def test_a_file_without_the_functions_says_which(checkout: Path) -> None:
+    (checkout / released.FILES["tome"]).write_text("def merge_wavg(): ...")
+    with pytest.raises(released.NotReleased, match="has no function bipartite_soft_matching, merge_source"):
+        released.load("tome", checkout)
+
+
+def test_a_file_that_does_not_import_says_why(checkout: Path) -> None:
+    (checkout / released.FILES["dtm"]).write_text("import a_package_that_is_not_there")
+    with pytest.raises(released.NotReleased, match="cannot be imported: ModuleNotFoundError"):
+        released.load("dtm", checkout)
