@@ -47,7 +47,7 @@ workers=$($PYTHON -c "import xdist" 2> /dev/null && echo "-n 6")
 # shellcheck disable=SC2086  # no workers, no words
 step tests 180 tests.log $PYTHON -m pytest -q -p no:cacheprovider -rfE --durations 5 $workers tests/gpu tests \
   --ignore tests/train --ignore tests/measure --ignore tests/kernels/test_resources.py \
-  --ignore tests/test_architecture.py --ignore tests/test_readme.py
+  --ignore tests/tiny.py --ignore tests/test_architecture.py --ignore tests/test_readme.py
 if sanitizer=$(command -v compute-sanitizer); then
   step "small calls" 40 tests.log $PYTHON -m dtm_triton.measure.small_calls # compiles what the checkers run
   for tool in memcheck racecheck; do
