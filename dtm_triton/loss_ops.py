@@ -130,7 +130,9 @@ def _dtm_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _setup(ctx, inputs[0], output[1], len(inputs[2]), inputs[6], inputs[-1])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:  # nobody asks for the loss's gradient
+        return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # create_graph: what follows would silently lack the loss's second derivative
         raise RuntimeError("morph_loss and dtm_loss are differentiable once; backend='reference' has more derivatives")
     (slopes,) = ctx.saved_tensors

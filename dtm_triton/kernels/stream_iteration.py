@@ -1,4 +1,4 @@
-"""The launches of one streaming iteration: norms, partners, selection, places; and what joins iterations.
+"""The launches of one streaming iteration: norms, partners, selection, places.
 
 T = L * images tasks, all images of the first schedule first. N is the number of slots at the start: programs for slots
 that are gone return at once, because how many are left stands on the device.
@@ -14,16 +14,15 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings, stream_settings
-from dtm_triton.kernels.group_kernels import merge_kernel
 from dtm_triton.kernels.precision import INTERPRETED, dot_precision
 from dtm_triton.kernels.stream_partners import norm_kernel, partner_kernel, shuffle_key_kernel
-from dtm_triton.kernels.stream_place import follow_kernel, place_kernel
+from dtm_triton.kernels.stream_place import place_kernel
 from dtm_triton.kernels.stream_select import select_kernel
 from dtm_triton.kernels.stream_settings import StreamSettings
 from dtm_triton.kernels.tables import family
 
 KEY_BLOCK = 1024
-"""Slots of a program that draws, and tokens of one that follows them."""
+"""Slots of a program that draws for a random split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +169,7 @@ def _select(
     index, size, members = result
     _, images, num_tokens = index.shape
     tasks, half = left.shape[1], max(16, settings.next_power_of_two((num_tokens + 1) // 2))
-    lists = torch.empty((tasks, 7 * half), dtype=torch.int32, device=left.device)
+    lists = torch.empty((tasks, 9 * half), dtype=torch.int32, device=left.device)
     shared: dict[str, Any] = dict(
         shuffled=shuffled,
         left=left,
@@ -202,54 +201,10 @@ def _select(
         threshold=0.0 if rule.threshold is None else rule.threshold,
         THRESHOLD=rule.threshold is not None,
         SHARES=key.shape[0],
+        BLOCK=min(half, tiles.select_block),
         PLACE=tiles.place,
         num_warps=tiles.select_warps,
         **shared,
     )
     if not tiles.place:
         place_kernel[(triton.cdiv(half, tiles.place_rows), tasks)](num_warps=4, **shared)
-
-
-def follow_slots(index: Tensor, size: Tensor, moved: Tensor, count: bool) -> None:
-    """Tokens go where their slots went: index, moved int32 [L, images, N]; counts them into `size`, which is zero."""
-    num_schedules, images, num_tokens = moved.shape
-    with torch.cuda.device_of(index):
-        follow_kernel[(triton.cdiv(num_tokens, KEY_BLOCK), num_schedules * images)](
-            index=index,
-            size=size,
-            moved=moved,
-            images=images,
-            num_tokens=num_tokens,
-            schedule_stride=index.stride(0),
-            COUNT=count,
-            TOKENS=KEY_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-
-
-def add_members(x: Tensor, members: Tensor, size: Tensor, out: Tensor) -> None:
-    """The float32 sum of every group: x [B, N, C], members, size int32 [B, N] -> out [B, N, C], zero where none is."""
-    batch, num_tokens, num_channels = x.shape
-    tiles = settings.group_settings(num_tokens, num_tokens, num_channels, family(x.device))
-    grid = (batch, triton.cdiv(num_tokens, tiles.groups), triton.cdiv(num_channels, tiles.channels))
-    with torch.cuda.device_of(x):
-        merge_kernel[grid](
-            x=x,
-            members=members,
-            size=size,
-            merged=out,
-            num_tokens=num_tokens,
-            num_groups=num_tokens,
-            num_channels=num_channels,
-            stride_b=x.stride(0),
-            stride_n=x.stride(1),
-            stride_c=x.stride(2),
-            MODE="sum",
-            BLOCK=settings.EXTENT_BLOCK,
-            GROUPS=tiles.groups,
-            MEMBERS=tiles.members,
-            CHANNELS=tiles.channels,
-            num_warps=tiles.num_warps,
-            enable_fp_fusion=True,
-        )

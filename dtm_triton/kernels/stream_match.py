@@ -16,14 +16,21 @@ of the matrix rate, about 6 and 95 us an image; one image alone 20 and 105 us, t
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings, stream_settings
+from dtm_triton.kernels.group_kernels import merge_kernel
 from dtm_triton.kernels.groups import group_members
-from dtm_triton.kernels.stream_iteration import Rule, add_members, follow_slots, run_iteration
+from dtm_triton.kernels.stream_iteration import Rule, run_iteration
+from dtm_triton.kernels.stream_place import follow_kernel
+from dtm_triton.kernels.tables import family
 
 LEAST_THRESHOLD = -2.0
 """Below every cosine, and above what a similarity that is not a number counts as."""
+
+FOLLOW_BLOCK = 1024
+"""Tokens of a program that lets them follow their slots."""
 
 MAX_TASKS = 65535
 """The most programs that a grid takes along its later axes."""
@@ -81,7 +88,7 @@ def _bytes_per_image(features: Tensor, removed: Tensor) -> int:
     """An upper bound of the scratch memory for one image; B is dealt to so few programs that their keys are small."""
     _, num_tokens, num_channels = features.shape
     num_schedules, num_iterations = removed.shape
-    per_slot = 64 if num_iterations == 1 else 76 + 8 * num_channels
+    per_slot = 68 if num_iterations == 1 else 80 + 8 * num_channels
     return num_schedules * settings.next_power_of_two(num_tokens) * per_slot
 
 
@@ -111,15 +118,60 @@ def _match_images(
         torch.empty((tasks, *features.shape[1:]), dtype=torch.float32, device=index.device) for _ in range(2)
     )
     for schedule in range(num_schedules):
-        add_members(features, members[schedule], size[schedule], sums[schedule * images : (schedule + 1) * images])
+        _add_members(features, members[schedule], size[schedule], sums[schedule * images : (schedule + 1) * images])
     for iteration in range(1, num_iterations):
         last = iteration + 1 == num_iterations
         run_iteration(sums, removed, seed, first_image, iteration, left, moves, rule)
         if last:
             size.zero_()
-        follow_slots(index, size, moved, last)
+        _follow_slots(index, size, moved, last)
         if not last:
-            add_members(sums, slots.flatten(0, 1), counts.flatten(0, 1), spare)
+            _add_members(sums, slots.flatten(0, 1), counts.flatten(0, 1), spare)
             sums, spare = spare, sums
     for schedule in range(num_schedules):
         members[schedule] = group_members(index[schedule], num_tokens)
+
+
+def _follow_slots(index: Tensor, size: Tensor, moved: Tensor, count: bool) -> None:
+    """Tokens go where their slots went: index, moved int32 [L, images, N]; counts them into `size`, which is zero."""
+    num_schedules, images, num_tokens = moved.shape
+    with torch.cuda.device_of(index):
+        follow_kernel[(triton.cdiv(num_tokens, FOLLOW_BLOCK), num_schedules * images)](
+            index=index,
+            size=size,
+            moved=moved,
+            images=images,
+            num_tokens=num_tokens,
+            schedule_stride=index.stride(0),
+            COUNT=count,
+            TOKENS=FOLLOW_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def _add_members(x: Tensor, members: Tensor, size: Tensor, out: Tensor) -> None:
+    """The float32 sum of every group: x [B, N, C], members, size int32 [B, N] -> out [B, N, C], zero where none is."""
+    batch, num_tokens, num_channels = x.shape
+    tiles = settings.group_settings(num_tokens, num_tokens, num_channels, family(x.device))
+    grid = (batch, triton.cdiv(num_tokens, tiles.groups), triton.cdiv(num_channels, tiles.channels))
+    with torch.cuda.device_of(x):
+        merge_kernel[grid](
+            x=x,
+            members=members,
+            size=size,
+            merged=out,
+            num_tokens=num_tokens,
+            num_groups=num_tokens,
+            num_channels=num_channels,
+            stride_b=x.stride(0),
+            stride_n=x.stride(1),
+            stride_c=x.stride(2),
+            MODE="sum",
+            BLOCK=settings.EXTENT_BLOCK,
+            GROUPS=tiles.groups,
+            MEMBERS=tiles.members,
+            CHANNELS=tiles.channels,
+            num_warps=tiles.num_warps,
+            enable_fp_fusion=True,
+        )

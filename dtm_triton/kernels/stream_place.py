@@ -100,7 +100,7 @@ def place_pairs(
 def place_kernel(
     shuffled,  # int64 [T, N]; only for a random split
     left,  # int32 [K + 1, T]
-    lists,  # int32 [T, 7 * HALF]
+    lists,  # int32 [T, 9 * HALF]
     index,  # int32 [L, images, N], the schedules schedule_stride apart
     size,  # int32, likewise
     members,  # int32, likewise
@@ -125,7 +125,7 @@ def place_kernel(
     if r > 0:
         result = (task // images).to(tl.int64) * schedule_stride + (task % images).to(tl.int64) * num_tokens
         place_pairs(
-            lists + task.to(tl.int64) * 7 * HALF,
+            lists + task.to(tl.int64) * 9 * HALF,
             shuffled + task.to(tl.int64) * num_tokens,
             index + result,
             size + result,

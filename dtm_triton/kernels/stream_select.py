@@ -40,15 +40,23 @@ def best_share(key, partner, inverse_norm, slot, is_a, stride, SHARES: tl.conste
 
 
 @triton.jit
-def highest(key, r):
-    """Which r entries are the highest, the first ones where they are equal; 0 < r <= entries above NEVER."""
+def lowest_chosen(key, r):
+    """The r-th highest key, and how many of those that equal it are among the r; 0 < r <= entries above NEVER."""
     bound = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= r, 0, -0x80000000)
     for bit in range(1, 32):  # the highest bound that r entries reach
         trial = bound | (1 << (31 - bit))
         bound = tl.where(tl.sum((key >= trial).to(tl.int32), 0) >= r, trial, bound)
-    above = key > bound
-    equal = (key == bound).to(tl.int32)
-    return above | ((equal > 0) & (tl.cumsum(equal, 0) <= r - tl.sum(above.to(tl.int32), 0)))
+    return bound, r - tl.sum((key > bound).to(tl.int32), 0)
+
+
+@triton.jit
+def leave_alone(index, size, members, n, num_tokens, BLOCK: tl.constexpr):
+    """Every slot stays a group of its own."""
+    for first in range(0, num_tokens, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        tl.store(index + slot, slot, mask=slot < num_tokens)
+        tl.store(size + slot, (slot < n).to(tl.int32), mask=slot < num_tokens)
+        tl.store(members + slot, slot, mask=slot < num_tokens)
 
 
 @triton.jit(do_not_specialize=["iteration"])
@@ -59,7 +67,7 @@ def select_kernel(
     shuffled,  # int64 [T, N]; only for a random split
     removed,  # int32 [L, K]
     left,  # int32 [K + 1, T]: slots before every iteration, and after the last
-    lists,  # int32 [T, 7 * HALF]; scratch
+    lists,  # int32 [T, 9 * HALF]; scratch
     index,  # int32 [L, images, N], the schedules schedule_stride apart
     size,  # int32, likewise
     members,  # int32, likewise
@@ -79,6 +87,7 @@ def select_kernel(
     SHARES: tl.constexpr,
     PLACE: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -86,88 +95,106 @@ def select_kernel(
 
     matched = M and normed: how many tasks there are partners and norms for, the first M of all the others'.
     """
+    FRONT: tl.constexpr = 1 if NUM_PROTECTED > 0 else 0  # A-slots that stay in front
     task = tl.program_id(0)
     schedule = task // images
     result = schedule.to(tl.int64) * schedule_stride + (task % images).to(tl.int64) * num_tokens
-    lists += task.to(tl.int64) * 7 * HALF
+    lists += task.to(tl.int64) * 9 * HALF
     slots = shuffled + task.to(tl.int64) * num_tokens
     after = left + (iteration + 1) * tl.num_programs(0) + task
     n = num_tokens if FIRST else tl.load(after - tl.num_programs(0))
     na = (n + 1) // 2
     nb = n // 2
-    i = tl.arange(0, HALF)
-    is_a = i < na
-    a = a_slot(slots, tl.minimum(i, na - 1), RANDOM_SPLIT)
-    share = (num_tokens + 1) // 2
-    entry = (task % matched).to(tl.int64) * share + i
-    norms = inverse_norm + (task % normed).to(tl.int64) * num_tokens
-    stride = tl.cast(matched, tl.int64) * share
-    mine, chosen = best_share(key + entry, partner + entry, norms, a, is_a, stride, SHARES, NUM_PROTECTED)
-    r = tl.minimum(tl.load(removed + schedule * num_iterations + iteration), (n - NUM_PROTECTED) // 2)
-    if THRESHOLD:
-        r = tl.minimum(r, tl.sum((mine > ordered_key(tl.cast(threshold, tl.float32))).to(tl.int32), 0))
-    r = tl.maximum(r, 0)
-    tl.store(after, n - r)
-
     index += result
     size += result
     members += result
-    if r == 0:
-        for first in tl.static_range(0, 2 * HALF, HALF):
-            slot = first + i
-            tl.store(index + slot, slot, mask=slot < num_tokens)
-            tl.store(size + slot, (slot < n).to(tl.int32), mask=slot < num_tokens)
-            tl.store(members + slot, slot, mask=slot < num_tokens)
-    else:
-        merging = highest(mine, r)
-        gone = merging.to(tl.int32)
-        before = tl.cumsum(gone, 0) - gone
-        source = lists
-        destination = source + HALF
-        start = destination + HALF
-        staying = start + HALF
-        staying_key = staying + HALF
-        count = staying_key + HALF
-        earlier = count + HALF
+    source = lists
+    destination = source + HALF
+    start = destination + HALF
+    staying = start + HALF
+    staying_key = staying + HALF
+    count = staying_key + HALF
+    earlier = count + HALF
+    merit = earlier + HALF
+    choice = merit + HALF
+    share = (num_tokens + 1) // 2
+    entry = (task % matched).to(tl.int64) * share
+    norms = inverse_norm + (task % normed).to(tl.int64) * num_tokens
+    stride = tl.cast(matched, tl.int64) * share
+    for first in range(0, HALF, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        a = a_slot(slots, tl.minimum(i, na - 1), RANDOM_SPLIT)
+        mine, chosen = best_share(key + entry + i, partner + entry + i, norms, a, i < na, stride, SHARES, NUM_PROTECTED)
+        tl.store(merit + i, mine)
+        tl.store(choice + i, chosen)
         tl.store(count + i, 0 * i)
         tl.store(earlier + i, 0 * i)
-        tl.store(source + before, a, mask=merging)
-        tl.store(destination + before, chosen, mask=merging)
-        tl.debug_barrier()
-        tl.atomic_add(count + chosen, gone, mask=merging, sem="relaxed")
-        own = b_slot(slots, tl.minimum(chosen, nb - 1), na, RANDOM_SPLIT)
-        tl.atomic_add(earlier + chosen, gone, mask=merging & (a < own), sem="relaxed")
+    tl.debug_barrier()
 
-        place = i - before
-        if KEEP_ORDER:
+    # Only here all candidates are in registers at once.
+    everyone = tl.load(merit + tl.arange(0, HALF))
+    r = tl.minimum(tl.load(removed + schedule * num_iterations + iteration), (n - NUM_PROTECTED) // 2)
+    if THRESHOLD:
+        r = tl.minimum(r, tl.sum((everyone > ordered_key(tl.cast(threshold, tl.float32))).to(tl.int32), 0))
+    r = tl.maximum(r, 0)
+    tl.store(after, n - r)
+    if r == 0:
+        leave_alone(index, size, members, n, num_tokens, BLOCK)
+    else:
+        bound, ties = lowest_chosen(everyone, r)
+        equals = 0
+        merged = 0
+        for first in range(0, na, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            mine = tl.load(merit + i, mask=i < na, other=NEVER)
+            chosen = tl.load(choice + i, mask=i < na, other=0)
+            a = a_slot(slots, tl.minimum(i, na - 1), RANDOM_SPLIT)
+            equal = (mine == bound).to(tl.int32)
+            merging = (mine > bound) | ((equal > 0) & (equals + tl.cumsum(equal, 0) <= ties))
+            gone = merging.to(tl.int32)
+            before = merged + tl.cumsum(gone, 0) - gone
+            equals += tl.sum(equal, 0)
+            merged += tl.sum(gone, 0)
+            tl.store(source + before, a, mask=merging)
+            tl.store(destination + before, chosen, mask=merging)
+            own = b_slot(slots, tl.minimum(chosen, nb - 1), na, RANDOM_SPLIT)
+            tl.atomic_add(count + chosen, gone, mask=merging, sem="relaxed")
+            tl.atomic_add(earlier + chosen, gone, mask=merging & (a < own), sem="relaxed")
+
+            stays = (i < na) & (gone == 0)
+            place = i - before
+            if KEEP_ORDER:
+                placed = stays
+                if NUM_PROTECTED == 2:
+                    place = tl.where(i == 0, 0, place + 1)
+            else:
+                placed = stays & (i < FRONT)
+                listed = stays & (i >= FRONT)
+                tl.store(staying + place - FRONT, a, mask=listed)
+                tl.store(staying_key + place - FRONT, mine, mask=listed)
+            tl.store(index + a, place, mask=placed)
+            tl.store(size + place, 1 + 0 * i, mask=placed)
+            tl.store(members + place, a, mask=placed)
+        tl.debug_barrier()
+
+        joined = 0
+        for first in range(0, nb, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            is_b = i < nb
+            sources = tl.load(count + i, mask=is_b, other=0)
+            group = na - r + i
             if NUM_PROTECTED == 2:
-                place = tl.where(i == 0, 0, place + 1)
-            open_end = is_a & (gone == 0)
-        else:
-            open_end = is_a & (gone == 0) & (i < (1 if NUM_PROTECTED > 0 else 0))
-            listed = is_a & (gone == 0) & (i >= (1 if NUM_PROTECTED > 0 else 0))
-            rank = place - (1 if NUM_PROTECTED > 0 else 0)
-            tl.store(staying + rank, a, mask=listed)
-            tl.store(staying_key + rank, mine, mask=listed)
-        tl.store(index + a, place, mask=open_end)
-        tl.store(size + place, 1 + 0 * i, mask=open_end)
-        tl.store(members + place, a, mask=open_end)
-        for first in tl.static_range(0, 2 * HALF, HALF):
-            slot = first + i
-            tl.store(size + slot, 0 * i, mask=(slot >= n - r) & (slot < num_tokens))
-        tl.debug_barrier()
-
-        is_b = i < nb
-        sources = tl.load(count + i, mask=is_b, other=0)
-        group = na - r + i
-        if NUM_PROTECTED == 2:
-            group = tl.where(i == 0, 1, group)
-        first_member = group + tl.cumsum(sources, 0) - sources
-        b = b_slot(slots, tl.minimum(i, nb - 1), na, RANDOM_SPLIT)
-        tl.store(start + i, first_member, mask=is_b)
-        tl.store(index + b, group, mask=is_b)
-        tl.store(size + group, 1 + sources, mask=is_b)
-        tl.store(members + first_member + tl.load(earlier + i, mask=is_b, other=0), b, mask=is_b)
+                group = tl.where(i == 0, 1, group)
+            begin = group + joined + tl.cumsum(sources, 0) - sources
+            joined += tl.sum(sources, 0)
+            b = b_slot(slots, tl.minimum(i, nb - 1), na, RANDOM_SPLIT)
+            tl.store(start + i, begin, mask=is_b)
+            tl.store(index + b, group, mask=is_b)
+            tl.store(size + group, 1 + sources, mask=is_b)
+            tl.store(members + begin + tl.load(earlier + i, mask=is_b, other=0), b, mask=is_b)
+        for first in range(n - r, num_tokens, BLOCK):
+            group = first + tl.arange(0, BLOCK)
+            tl.store(size + group, 0 * group, mask=group < num_tokens)
         if PLACE:
             tl.debug_barrier()
             for first in range(0, tl.maximum(r, na - r), ROWS):

@@ -49,6 +49,8 @@ class StreamSettings:
     """Slots that are placed together."""
     place_columns: int = 64
     """Slots that a step of placing compares them to."""
+    select_block: int = 1024
+    """Slots that selection moves at a time."""
     select_warps: int = 8
     """Warps of selection."""
 
@@ -82,7 +84,7 @@ def stream_settings(num_tokens: int, num_channels: int, dtype: torch.dtype, fami
         num_warps=4 if single else 8,
         num_stages=2 if single else 3,
         place=few,
-        select_warps=min(32, max(4, slots // 512)),
+        select_warps=min(16, max(4, slots // 512)),
     )
     return tuned(default, "stream", stream_bucket(num_tokens, num_channels, dtype), family)
 
