@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from dtm_triton.kernels import tables
+from dtm_triton.kernels import launch, stream_match, tables
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -27,6 +27,10 @@ POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
+
+
+LOADED = (launch, stream_match)
+"""Every launcher is imported before a kernel is replaced: whoever imports a recorder keeps it."""
 
 
 class Launch(NamedTuple):

@@ -24,11 +24,11 @@ RANDOM, THRESHOLD = PLAIN | {"random_split": True}, PLAIN | {"threshold": 0.5}
 KEPT: dict[str, Any] = dict(num_protected=1, random_split=False, keep_order=True)
 MERGE = KEPT | {"merge_rows": LEFT}
 ALL = RANDOM | MERGE | {"random_split": True, "threshold": 0.5}
-FORMS: dict[str, dict[str, Any]] = {
-    "fused": {"fused": True, "max_registers": 255},
-    "split": {"fused": False, "max_registers": 128},
+OTHER_FORM: dict[bool, dict[str, Any]] = {
+    True: {"fused": True, "max_registers": 255},
+    False: {"fused": False, "max_registers": 128},
 }
-"""Matching in one launch, and with a launch for the Gram matrices: how tuning may choose what is not the default."""
+"""Matching in one launch, and with a launch for the Gram matrices, as tuning may choose where it is not the default."""
 
 
 def launches(target: str) -> dict[str, Launch]:
@@ -51,22 +51,26 @@ def launches(target: str) -> dict[str, Launch]:
 
 def situations(target: str) -> dict[str, Callable[[], object]]:
     """The calls whose launches are measured, by name."""
+    match, other = partial(_match, target), partial(_match, target, other_form=True)
+    bf16, fp32 = torch.bfloat16, torch.float32
     found: dict[str, Callable[[], object]] = {}
-    for form in FORMS:
-        match = partial(_match, target, form)
-        for short, dtype in DTYPES.items():
-            for tokens in TOKENS:
-                found[f"match-{form}-{short}-{tokens}"] = partial(match, dtype, tokens, PLAIN)
-                if short != "fp16":  # everything at once needs most
-                    found[f"match-{form}-{short}-{tokens}-all"] = partial(match, dtype, tokens, ALL)
-        variants = {"random": RANDOM, "threshold": THRESHOLD, "merge": MERGE, "two": KEPT | {"num_protected": 2}}
-        for variant, options in variants.items():
-            found[f"match-{form}-bf16-196-{variant}"] = partial(match, torch.bfloat16, 196, options)
-    for tokens in (512, 1024):
-        for variant, options in {"": PLAIN, "-all": ALL}.items():
-            found[f"match-bf16-{tokens}{variant}"] = partial(_match, target, None, torch.bfloat16, tokens, options)
+    for short, dtype in DTYPES.items():
+        for tokens in TOKENS:
+            found[f"match-{short}-{tokens}"] = partial(match, dtype, tokens, PLAIN)
+    for tokens in (64, 196, 512, 1024):  # everything at once takes the most registers
+        found[f"match-bf16-{tokens}-all"] = partial(match, bf16, tokens, ALL)
+    variants = {"random": RANDOM, "threshold": THRESHOLD, "merge": MERGE, "two": KEPT | {"num_protected": 2}}
+    for variant, options in variants.items():
+        found[f"match-bf16-196-{variant}"] = partial(match, bf16, 196, options)
+    found |= {
+        "match-bf16-1024": partial(match, bf16, 1024, PLAIN),
+        "match-other-bf16-64": partial(other, bf16, 64, PLAIN),
+        "match-other-bf16-196": partial(other, bf16, 196, PLAIN),
+        "match-other-bf16-196-all": partial(other, bf16, 196, ALL),
+        "match-other-fp32-196": partial(other, fp32, 196, PLAIN),
+    }
     for short in ("bf16", "fp32"):
-        others = _stream(DTYPES[short]) | _groups(DTYPES[short]) | _losses(DTYPES[short])
+        others = _stream(target, DTYPES[short]) | _groups(DTYPES[short]) | _losses(DTYPES[short])
         found |= {f"{name}-{short}": situation for name, situation in others.items()}
     found["members"] = partial(launch.group_members, _empty(BATCH, 196), LEFT)
     return found
@@ -78,36 +82,43 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def _match(
     target: str,
-    form: str | None,
     dtype: torch.dtype,
     tokens: int,
     options: dict[str, Any],
     *,
+    other_form: bool = False,
     batch: int = BATCH,
     iterations: int = 14,
     channels: int = CHANNELS,
 ) -> None:
-    """Matching in the form that is shipped (None), or in one of the two."""
+    """Matching in the form that is shipped, or in the other one."""
     schedules = 1 if "merge_rows" in options else SCHEDULES
     removed, seed = _empty(schedules, iterations), _empty(1, dtype=torch.int64)
     trial: Any = nullcontext()
-    if form and FORMS[form]["fused"] != settings.match_settings(tokens, dtype, schedules * batch, target).fused:
+    if other_form:
         bucket = settings.match_bucket(tokens, dtype, schedules * batch)
         shipped = tables.table(target)["settings"].get("match", {}).get(bucket, {})
-        trial = tables.trial(target, "match", bucket, shipped | FORMS[form])
+        fused = settings.match_settings(tokens, dtype, schedules * batch, target).fused
+        trial = tables.trial(target, "match", bucket, shipped | OTHER_FORM[not fused])
     with trial:
         launch.match(_empty(batch, tokens, channels, dtype=dtype), removed, seed, **options)
 
 
-def _stream(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Many tokens and one iteration."""
-    stream = partial(_match, "", None, dtype, iterations=1)
-    return {
-        "stream-577": partial(stream, 577, MERGE, batch=256, channels=64),
+def _stream(target: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Many tokens: one iteration, or more than the schedule kernel holds."""
+    stream = partial(_match, target, dtype, iterations=1)
+    two = RANDOM | {"threshold": 0.5, "num_protected": 1}
+    found = {
+        "stream-577": partial(stream, 577, MERGE, batch=256, channels=768),
         "stream-4096": partial(stream, 4096, PLAIN, batch=8, channels=320),
-        "stream-4096-random": partial(stream, 4096, RANDOM, batch=8, channels=320),
-        "stream-16384": partial(stream, 16384, THRESHOLD, batch=2, channels=320),
+        "stream-4096-two-iterations": partial(stream, 4096, two, batch=8, channels=320, iterations=2),
     }
+    if dtype == torch.bfloat16:
+        found |= {
+            "stream-4096-wide": partial(stream, 4096, KEPT, batch=8, channels=768),
+            "stream-16384": partial(stream, 16384, THRESHOLD | {"num_protected": 2}, batch=1, channels=320),
+        }
+    return found
 
 
 def _groups(dtype: torch.dtype) -> dict[str, Callable[[], object]]:

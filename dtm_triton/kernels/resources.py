@@ -85,6 +85,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if INTERPRETED:
         parser.error("set TRITON_INTERPRET=0: the interpreter compiles nothing")
+    if arguments.names:
+        sys.stdout.write(json.dumps({target: list(launches(target)) for target in arguments.target}) + "\n")
+        return
     table: dict[str, Any] = {}
     if arguments.write and arguments.write.exists():
         table = json.loads(arguments.write.read_text())
@@ -94,15 +97,12 @@ def main() -> None:
             for name, launch in launches(target).items()
             if any(fnmatch.fnmatchcase(name, only) for only in arguments.only)
         }
-        if arguments.names:
-            sys.stdout.write(json.dumps({target: list(chosen)}) + "\n")
-            continue
         figures = {name: measure(launch, target) for name, launch in chosen.items()}
         before = table.get(version(), {}).get(target, {}) if arguments.only != ["*"] else {}
         table.setdefault(version(), {})[target] = before | figures
         if arguments.write:  # after every target: a run that is stopped has not been for nothing
             arguments.write.write_text(to_json(table))
-    if not (arguments.write or arguments.names):
+    if arguments.write is None:
         sys.stdout.write(to_json(table))
 
 

@@ -46,8 +46,8 @@ SINGLES: dict[str, dict[str, tuple[Any, ...]]] = {
         "mean_channels": (64, 128, 256),
     },
     "groups": {"members": (1, 2, 4, 8, 16)},
-    "loss": {"members": (1, 2, 4, 8)},
-    "row_loss": {"members": (1, 2, 4, 8)},
+    "loss": {"members": (1, 2, 4, 8), "max_registers": (64, 128, 168)},
+    "row_loss": {"members": (1, 2, 4, 8), "max_registers": (64, 128, 168)},
     "gather": {},
     "count": {},
     "stream": {
@@ -57,7 +57,7 @@ SINGLES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
         "channels": (32, 64, 128),
-        "programs": (64, 128, 256),
+        "programs": (64, 132, 264),
         "select_warps": (4, 8, 16),
         "place_rows": (32, 64, 128),
         "place_columns": (32, 64, 128),
@@ -68,7 +68,7 @@ SINGLES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 TOGETHER: dict[str, tuple[dict[str, tuple[Any, ...]], ...]] = {
     "match": (
-        {"fused": (True,), "max_registers": (168, 224), "num_warps": (8,)},
+        {"fused": (True,), "max_registers": (128, 168, 255), "num_warps": (8,)},
         {"fused": (False,), "max_registers": (128,), "num_warps": (4, 8)},
         {"num_warps": (16,), "max_registers": (128,), "rank_columns": (16,)},
         {"gram_rows": (128,), "gram_warps": (8,), "gram_channels": (32, 64)},
@@ -137,6 +137,8 @@ def legal(op: str, bucket: str, settings: Any, default: Any, family: str = "") -
         return False
     if not 1 <= values["num_warps"] <= 32 or ("channels" in values and values["channels"] < 16):
         return False
+    if values.get("max_registers", 32) > min(MOST_REGISTERS, REGISTERS // (32 * settings.num_warps)):
+        return False
     if tile(settings) > max(TILE, tile(default)):
         return False
     if op == "stream":
@@ -146,8 +148,6 @@ def legal(op: str, bucket: str, settings: Any, default: Any, family: str = "") -
         return _dot_fits(rows, columns, settings.channels, settings.num_warps, stages, bucket, family)
     if op != "match":
         return True
-    if not 32 <= settings.max_registers <= min(MOST_REGISTERS, REGISTERS // (32 * settings.num_warps)):
-        return False
     warps, stages = settings.gram_warps, settings.gram_stages
     if settings.fused:
         warps, stages = settings.num_warps, settings.num_stages

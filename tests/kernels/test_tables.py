@@ -129,7 +129,7 @@ def test_settings_ask_the_device_nothing() -> None:
     code = """
 import sys, torch
 def refuse(*_, **__): raise AssertionError("asked the device")
-for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "current_device", "init"):
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "current_device"):
     setattr(torch.cuda, name, refuse)
 torch.cuda._lazy_init = refuse
 sys.modules["triton"] = None

@@ -206,9 +206,9 @@ from dtm_triton.kernels.recording import recording
 found = {}
 for op, bucket, fields, call in (
     ("match", "n256 half many", dict(gram_rows=128, gram_warps=8, match_columns=64),
-     lambda: calls._match("sm_90", None, torch.bfloat16, 196, calls.PLAIN)),
+     lambda: calls._match("sm_90", torch.bfloat16, 196, calls.PLAIN)),
     ("match", "n256 half many", dict(num_warps=16, max_registers=128, rank_columns=64),
-     lambda: calls._match("sm_90", None, torch.bfloat16, 196, calls.PLAIN)),
+     lambda: calls._match("sm_90", torch.bfloat16, 196, calls.PLAIN)),
     ("groups", "small groups c128", dict(groups=32, channels=256, num_warps=8), calls._groups(torch.float32)["merge"]),
     ("row_loss", "c512", dict(members=8), calls._losses(torch.float32)["loss-cosine"]),
 ):
