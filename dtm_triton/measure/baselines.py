@@ -84,13 +84,16 @@ def compiled(function: Call, seconds: float) -> Call:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise Late within the block after `seconds`. Only in the main thread."""
+    """Raise Late within the block after `seconds`, and every second from then on, as a destructor can swallow it.
+
+    Only in the main thread.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Late
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ def draw(record: Record, path: Path) -> bool:
     except ImportError:
         return False
     cases = list(dict.fromkeys(row.case for row in record.rows))
-    figure = Figure(figsize=(9, 1.6 + 0.32 * len(cases)), layout="constrained")
+    figure = Figure(figsize=(9, 1.7 + 0.3 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for implementation, colour in COLOURS.items():
@@ -39,17 +39,16 @@ def draw(record: Record, path: Path) -> bool:
             axes.scatter(times, places, s=46, color=colour, label=TITLES[implementation], zorder=3)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.4, -0.6)
     axes.grid(axis="both", color="#dddddd", linewidth=0.6, zorder=0)
     axes.set_xlabel("median time over the floor (1: the floor, at the ceilings measured in the same run)")
     axes.set_title(record.machine["device"], fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.collections:
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.4, -0.16 - 0.6 / len(cases)), ncols=4, frameon=False, fontsize=8
-        )
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return True

@@ -76,15 +76,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in powers of ten.
+    """Three significant digits, at most five decimals, never in powers of ten.
 
-    >>> number(0.012345), number(1234.5), number(98.76)
-    ('0.0123', '1234', '98.8')
+    >>> number(0.012345), number(1234.5), number(98.76), number(0.000012345)
+    ('0.0123', '1234', '98.8', '0.00001')
     """
     if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
-    digits = max(0, 2 - int(f"{value:e}".split("e")[1]))
-    return f"{value:.{digits}f}"
+    exponent = int(f"{value:e}".split("e")[1])
+    return f"{value:.{min(max(0, 2 - exponent), 5)}f}"
 
 
 def _machine(record: Record, places: Places) -> list[str]:
@@ -110,17 +110,19 @@ def _machine(record: Record, places: Places) -> list[str]:
 
 
 def cases_table(record: Record) -> str:
-    """Every case under every implementation, as Markdown."""
-    header = ["case", "implementation", "median, ms (IQR)", "against the reference", "GB/s", "TFLOP/s"]
-    rows = [_cells(row, record) for row in record.rows]
-    return table([*header, "floor, ms", "times the floor", "peak, MB"], rows)
+    """Every case under every implementation, as Markdown; times in microseconds for a GPU, else in milliseconds."""
+    unit, units = ("us", 1e3) if record.machine["kind"] == "gpu" else ("ms", 1.0)
+    header = ["case", "implementation", f"median, {unit} (IQR)", "against the reference", "GB/s", "TFLOP/s"]
+    rows = [_cells(row, record, units) for row in record.rows]
+    return table([*header, f"floor, {unit}", "times the floor", "peak, MB"], rows)
 
 
-def _cells(row: Row, record: Record) -> list[str]:
+def _cells(row: Row, record: Record, units: float) -> list[str]:
+    """A row of that table; `units` of time are in a millisecond."""
     start = [row.case, TITLES[row.implementation]]
     floor = row.floor_ms(record.ceilings)
     if row.median_ms is None or row.iqr_ms is None:
-        return [*start, f"not measured: {row.reason}", "", "", "", number(floor), "", ""]
+        return [*start, f"not measured: {row.reason}", "", "", "", number(units * floor), "", ""]
     reference = [
         other.median_ms
         for other in record.rows
@@ -128,11 +130,11 @@ def _cells(row: Row, record: Record) -> list[str]:
     ]
     return [
         *start,
-        f"{number(row.median_ms)} ({number(row.iqr_ms)})",
+        f"{number(units * row.median_ms)} ({number(units * row.iqr_ms)})",
         f"{number(reference[0] / row.median_ms)} x" if reference else "",
         number(row.bytes / row.median_ms / 1e6),
         number(row.flops / row.median_ms / 1e9),
-        number(floor),
+        number(units * floor),
         number(row.median_ms / floor),
         "" if row.peak_bytes is None else number(row.peak_bytes / 2**20),
     ]

@@ -79,9 +79,10 @@ class Sweep:
                 verdict = "right"
                 try:
                     gate.check(case, backend, self.device)
-                except AssertionError as error:
-                    verdict = f"WRONG: {error}"
-                    failures.append(f"{case.name}: {backend}: {error}")
+                except Exception as error:  # a kernel that does not compile is as wrong as one that miscounts
+                    text = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                    verdict = f"WRONG: {text}"
+                    failures.append(f"{case.name}: {backend}: {text}")
                 self._say(f"gate: {case.name}: {backend}: {verdict}")
             reached.add(case.name)
         if failures:
@@ -93,10 +94,11 @@ class Sweep:
         try:
             if case.name not in gated:
                 raise NotMeasured("the gate did not reach it in the time given")
-            if time.perf_counter() > self.deadline:
+            if self._left() <= 0:
                 raise NotMeasured("the time given ran out")
             inputs = make_inputs(case, self.device)
-            function = build_call(implementation, case, inputs, self.released, self.compile_seconds)
+            seconds = min(self.compile_seconds, self._left())
+            function = build_call(implementation, case, inputs, self.released, seconds)
             if function is None:
                 return None
             timing, peak = self._time(function)
@@ -107,14 +109,20 @@ class Sweep:
         return Row.of(case, implementation, **vars(timing), peak_bytes=peak)
 
     def _time(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Timing, int]:
-        limit = max(SLOWEST, 10 * self.seconds)
+        limit = min(max(SLOWEST, 10 * self.seconds), max(self._left(), 1.0))
         try:
             with time_limit(limit):
                 return measure(function, self.device, self.seconds), peak_bytes(function, self.device)
         except Late:
-            raise NotMeasured(f"five calls take more than {limit:g} s") from None
+            raise NotMeasured(f"five calls take more than {limit:.0f} s") from None
         except torch.OutOfMemoryError:
             raise NotMeasured("not enough memory") from None
+        except Exception as error:
+            raise NotMeasured(f"fails: {type(error).__name__}") from error
+
+    def _left(self) -> float:
+        """Seconds until nothing more is measured."""
+        return self.deadline - time.perf_counter()
 
     def _calls(self) -> tuple[dict[str, Timing], dict[str, Timing]]:
         """Host time per call, and on a GPU graph replays."""
@@ -126,7 +134,10 @@ class Sweep:
             self._say("host time: not measured: Triton is not installed")
         for case in self.cases:
             if self.device.type == "cuda" and case.op == "dtm_loss" and case.dtype == torch.bfloat16:
-                replay[case.name] = graph_replay(case, self.device, self.seconds)
+                try:
+                    replay[case.name] = graph_replay(case, self.device, self.seconds)
+                except Exception as error:
+                    self._say(f"graph of {case.name}: not measured: {type(error).__name__}: {error}")
         for name, timing in {**host, **{f"graph of {name}": t for name, t in replay.items()}}.items():
             self._say(f"{name}: {1e3 * timing.median_ms:.4g} us")
         return host, replay

@@ -66,6 +66,15 @@ def test_a_token_in_a_wrong_group_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
             gate.check(CASES[name], "portable", CPU)
 
 
+def test_every_chunk_of_images_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong token is in the last image."""
+    monkeypatch.setattr(gate, "REPLAYED_BYTES", 8 * 2 * MATCH.tokens**2)  # two images at a time
+    gate.check(CASES["match"], "portable", CPU)
+    breaking(portable, "match", swap_two_tokens)(monkeypatch)
+    with pytest.raises(AssertionError, match="wrong groups"):
+        gate.check(CASES["match"], "portable", CPU)
+
+
 def test_sizes_that_do_not_count_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(portable, "match", lambda groups: (groups[0], groups[1].roll(1, -1), groups[2]))(monkeypatch)
     with pytest.raises(AssertionError, match="sizes do not count"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -52,6 +53,19 @@ def test_a_limit_interrupts() -> None:
         time.sleep(30)
     assert time.perf_counter() - start < 10
     time.sleep(0.15)  # nothing comes after the block
+
+
+def test_a_limit_that_a_destructor_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        def __del__(self) -> None:
+            time.sleep(0.2)  # an exception in here is printed and ignored
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    start = time.perf_counter()
+    with pytest.raises(Late), time_limit(0.1):
+        Slow()
+        time.sleep(30)
+    assert time.perf_counter() - start < 10
 
 
 def test_what_does_not_compile_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
