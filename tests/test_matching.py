@@ -204,6 +204,18 @@ def test_a_threshold_counts_each_image_s_own_pairs(backend: str) -> None:
 
 
 @over_backends
+def test_what_did_not_pass_counts_once_later(backend: str) -> None:
+    """Token 4, second to token 2, fails and then meets token 0; their mean is like token 2 by 0.439, below 0.45. Had
+    token 4 counted twice, as if it had merged into itself, that would be 0.453."""
+    u, v, w = [1, 0, 0, 0, 0], [0.5, 0.75**0.5, 0, 0, 0], [0.32, 0.3233, 0.8905, 0, 0]
+    tokens = torch.tensor([u, [0, 0, 0, 1, 0], w, w, v, [0, 0, 0, 0, 1]])
+    features = torch.stack([torch.ones_like(tokens), tokens]).to(DEVICE)  # where all merge, two do
+    groups = morph.match_tokens(features, [2, 2, 2], threshold=0.45, keep_order=True, backend=backend)
+    assert groups.count.tolist() == [1, 4]
+    assert groups.index[1].tolist() == [2, 0, 3, 3, 2, 1]
+
+
+@over_backends
 @pytest.mark.parametrize("threshold", [-1e300, -1e30, -2.0])
 def test_what_is_not_a_number_never_passes(backend: str, threshold: float) -> None:
     features = make_features("normal", 2, 12, 4, seed=9, dtype=torch.float32)
