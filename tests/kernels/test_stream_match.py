@@ -33,7 +33,10 @@ FORMS = {"apart": APART, "inside": INSIDE}
 
 PLAIN: dict[str, Any] = dict(num_protected=0, random_split=False, keep_order=False, threshold=None)
 
-pytestmark = pytest.mark.usefixtures("guard")
+pytestmark = [
+    pytest.mark.usefixtures("guard"),
+    pytest.mark.filterwarnings("ignore:All-NaN"),  # how the interpreter says that a row has no maximum
+]
 over_forms = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
@@ -128,9 +131,16 @@ def test_ties_go_to_the_lower_slot(protected: int, form: str) -> None:
 
 @over_forms
 def test_equal_tokens_tie(form: str) -> None:
-    """Wherever in a tile they lie, equal tokens have similarities that are equal to the last bit."""
-    features = normal(1, 3, 21, seed=5)[:, torch.arange(40, device=DEVICE) % 3]
-    assert_as_defined(features, [9], **PLAIN)
+    """Equal tokens are equally similar to the last bit, wherever they lie: the lowest merge into the lowest."""
+    kind = torch.arange(40) % 3
+    index = run(normal(1, 3, 21, seed=5)[:, kind.to(DEVICE)], [9], **PLAIN)[0][0, 0].cpu()
+    first_b = torch.tensor([3, 1, 5])
+    merged = index == index[first_b[kind]]
+    merged[1::2] = False
+    assert merged.sum() == 9
+    for one in range(3):
+        candidates = merged[::2][kind[::2] == one]
+        assert candidates.tolist() == sorted(candidates.tolist(), reverse=True)
 
 
 @over_forms
@@ -180,12 +190,12 @@ def test_what_overflows_leaves_a_partition(value: float, form: str) -> None:
 
 def test_neither_poison_nor_tiles_decide(guard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits whatever memory held before, and however B is dealt to programs."""
-    features, options = normal(2, 70, 16), PLAIN | {"random_split": True}
+    features, options = normal(1, 70, 16), PLAIN | {"random_split": True}
     monkeypatch.setattr(stream_settings, "stream_settings", lambda *_: APART)
-    first = run(features, [21], [9], **options)
+    first = run(features, [21], **options)
     guard.poison = 11
     monkeypatch.setattr(stream_settings, "stream_settings", lambda *_: INSIDE)
-    again = run(features, [21], [9], **options)
+    again = run(features, [21], **options)
     assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
 
 
@@ -196,10 +206,10 @@ def test_the_first_of_shares_that_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert size[0, 0, 25] == 11 and index[0, 0, 1] == 25
 
 
-@pytest.mark.parametrize("schedules", [([9],), ([4, 3], [5, 2])])
+@pytest.mark.parametrize("schedules", [([5], [3]), ([4, 2],)])
 def test_chunks_decide_nothing(schedules: tuple[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_settings, "stream_settings", lambda *_: INSIDE)
-    features, options = normal(3, 22, 8), PLAIN | {"random_split": True}
+    features, options = normal(2, 13, 8), PLAIN | {"random_split": True}
     whole = run(features, *schedules, **options)
     monkeypatch.setattr(stream_settings, "STREAM_SCRATCH_BYTES", 1)
     parts = run(features, *schedules, **options)
@@ -208,11 +218,12 @@ def test_chunks_decide_nothing(schedules: tuple[list[int]], monkeypatch: pytest.
 
 @over_forms
 def test_no_pair_above_the_threshold(form: str) -> None:
-    """Nothing merges and nothing moves; what is not a number is below the lowest threshold, too."""
+    """Nothing merges and nothing moves; what is not a number is below the lowest threshold, what equals it not above."""
     features = normal(2, 20, 6)
     features[1] = float("nan")
     assert_as_defined(features, [5], **PLAIN | {"threshold": 1.5})
-    index, size, _ = run(features, [5], **PLAIN | {"threshold": -1e38})
+    assert_as_defined(torch.eye(4, device=DEVICE)[None, [0, 0, 1, 1]], [1], **PLAIN | {"threshold": 1.0})
+    index, size, _ = run(features, [5], **PLAIN | {"threshold": -3.3e38})
     assert (size > 0).sum(-1).tolist() == [[15, 20]] and index[0, 1].tolist() == list(range(20))
 
 
