@@ -54,6 +54,8 @@ def match_tokens(
     >>> groups = match_tokens(features, [2])
     >>> groups.index.tolist(), groups.size.tolist()
     ([[0, 0, 1, 1]], [[2, 2]])
+    >>> match_tokens(features, [2], threshold=0.999).count
+    tensor([4], dtype=torch.int32)
     """
     check_tokens("features", features)
     check_matching(num_protected, split, generator, threshold)
