@@ -60,3 +60,21 @@ def test_drawn_schedules_are_those_of_the_next_call() -> None:
     for seed in range(3):
         static.copy_(loss.manual_seed(seed).draw(14))
         assert morph.dtm_loss(outputs, targets, static).equal(loss.manual_seed(seed)(outputs, targets))
+
+
+def test_a_loss_on_streamed_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens take other kernels; what the loss's kernel needs of them is the same."""
+    from dtm_triton.kernels import match, settings
+
+    monkeypatch.setattr(settings, "MAX_MATRIX_TOKENS", 10)
+    streamed, calls = match.stream_match, []
+    monkeypatch.setattr(match, "stream_match", lambda *x, **options: calls.append(1) or streamed(*x, **options))
+    outputs, targets = pair()
+    found, wanted = (
+        morph.dtm_loss(outputs, targets, morph.MorphSchedule((5,)), backend=backend)
+        for backend in ("triton", "reference")
+    )
+    gradients = [torch.autograd.grad(value, outputs)[0] for value in (found, wanted)]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*gradients)
+    assert calls == [1]

@@ -12,6 +12,7 @@ from dtm_triton.kernels.match_gram import gram_kernel
 from dtm_triton.kernels.match_kernel import match_kernel
 from dtm_triton.kernels.precision import INTERPRETED, dot_precision
 from dtm_triton.kernels.settings import MatchSettings
+from dtm_triton.kernels.stream_match import stream_match
 from dtm_triton.kernels.tables import family
 
 LEAST_THRESHOLD = -2.0
@@ -45,9 +46,7 @@ def match(
     assert merge_rows == 0 or num_schedules == 1, (merge_rows, num_schedules)
     removed = on_device("schedules", removed, device).to(torch.int32).contiguous()
     seed = on_device("seed", seed, device) if random_split else removed
-    if num_tokens > (settings.MAX_FUSED_TOKENS if num_iterations == 1 else settings.MAX_SLOTS):
-        from dtm_triton.kernels.stream_match import stream_match
-
+    if num_tokens > (settings.MAX_MATRIX_TOKENS if num_iterations == 1 else settings.MAX_SLOTS):
         index, size, members = stream_match(
             features,
             removed,
@@ -76,7 +75,8 @@ def match(
         images, programs = batch, min(num_schedules * batch, tiles.max_programs)
     else:
         matrix_bytes = 4 * num_schedules * (num_tokens + 1) * gram_stride
-        images = min(batch, max(1, settings.SCRATCH_BYTES // matrix_bytes))
+        chunks = triton.cdiv(batch, max(1, settings.SCRATCH_BYTES // matrix_bytes))
+        images = triton.cdiv(batch, chunks)  # chunks of one size: a small last one would leave the GPU idle
         programs = num_schedules * images
     gram = torch.empty((programs, num_tokens + 1, gram_stride), dtype=torch.float32, device=device)
     lists = torch.empty((programs * 8 * tiles.slots + 1,), dtype=torch.int32, device=device)

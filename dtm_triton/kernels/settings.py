@@ -13,11 +13,11 @@ import torch
 
 from dtm_triton.kernels.tables import tuned
 
-MAX_FUSED_TOKENS = 256
-"""More tokens than this do not fit the single launch of matching."""
+MAX_MATRIX_TOKENS = 128
+"""One iteration on more tokens than this streams over them: it takes as many launches, and stores no Gram matrix."""
 
 MAX_SLOTS = 1024
-"""More tokens than this do not fit the schedule kernel: they are matched by streaming."""
+"""More tokens than this do not fit the schedule kernel: any number of iterations streams over them."""
 
 MAX_COUNTED_TOKENS = 1024
 """Up to here the tokens are sorted by group by counting, which takes N^2 comparisons."""
@@ -141,7 +141,7 @@ def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: 
         gram_rows=64,
         gram_channels=16 if dtype == torch.float32 else 64,
         max_registers=224 if fused else 128,
-        rank_columns=16 if slots <= 256 else 8,  # wider tiles of the ranking spill
+        rank_columns=16 if slots <= 128 else 8,  # wider tiles of the ranking spill
         num_warps=16 if slots > 512 else 8,
     )
     return tuned(default, "match", match_bucket(num_tokens, dtype, num_tasks), family)
