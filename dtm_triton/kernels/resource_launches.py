@@ -34,7 +34,7 @@ OTHER_FORM: dict[bool, dict[str, Any]] = {
 def launches(target: str) -> dict[str, Launch]:
     """What is launched on the GPU family `target`, by name; what compiles to the same code is there once.
 
-    An op of several launches has each kernel's name added to its own.
+    An op of several launches has each kernel's name added to its own, and a number where a kernel comes again.
     """
     found: dict[str, Launch] = {}
     known: set[str] = set()
@@ -45,7 +45,9 @@ def launches(target: str) -> dict[str, Launch]:
         for one in recorded:
             if identity(one) not in known:
                 known.add(identity(one))
-                found[name if len(recorded) == 1 else f"{name} {one.name}"] = one
+                own = name if len(recorded) == 1 else f"{name} {one.name}"
+                again = sum(other == own or other.startswith(f"{own} #") for other in found)
+                found[f"{own} #{again + 1}" if again else own] = one
     return found
 
 
@@ -58,12 +60,13 @@ def situations(target: str) -> dict[str, Callable[[], object]]:
         for tokens in TOKENS:
             found[f"match-{short}-{tokens}"] = partial(match, dtype, tokens, PLAIN)
     for tokens in (64, 196, 512, 1024):  # everything at once takes the most registers
-        found[f"match-bf16-{tokens}-all"] = partial(match, bf16, tokens, ALL)
+        batch = 16 if tokens > 256 else BATCH
+        found[f"match-bf16-{tokens}-all"] = partial(match, bf16, tokens, ALL, batch=batch)
     variants = {"random": RANDOM, "threshold": THRESHOLD, "merge": MERGE, "two": KEPT | {"num_protected": 2}}
     for variant, options in variants.items():
         found[f"match-bf16-196-{variant}"] = partial(match, bf16, 196, options)
     found |= {
-        "match-bf16-1024": partial(match, bf16, 1024, PLAIN),
+        "match-bf16-1024": partial(match, bf16, 1024, PLAIN, batch=16),
         "match-other-bf16-64": partial(other, bf16, 64, PLAIN),
         "match-other-bf16-196": partial(other, bf16, 196, PLAIN),
         "match-other-bf16-196-all": partial(other, bf16, 196, ALL),
@@ -108,7 +111,7 @@ def _stream(target: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Many tokens: one iteration, or more than the schedule kernel holds."""
     stream = partial(_match, target, dtype, iterations=1)
     two = RANDOM | {"threshold": 0.5, "num_protected": 1}
-    found = {
+    found: dict[str, Callable[[], object]] = {
         "stream-577": partial(stream, 577, MERGE, batch=256, channels=768),
         "stream-4096": partial(stream, 4096, PLAIN, batch=8, channels=320),
         "stream-4096-two-iterations": partial(stream, 4096, two, batch=8, channels=320, iterations=2),
