@@ -52,9 +52,8 @@ class TokenMorph(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenMorph:
         super()._apply(fn, recurse)
-        self.removed = schedules_tensor([self.schedule]).to(
-            self.removed.device
-        )  # to_empty() leaves anything in buffers
+        # Written anew: to_empty() leaves anything in buffers.
+        self.removed = schedules_tensor([self.schedule]).to(self.removed.device)
         return self
 
     def match(self, features: Tensor) -> TokenGroups:
