@@ -17,9 +17,7 @@ from dtm_triton.groups import weighted_merge_tokens
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-13}
 """Largest error of a mean of values of about 1, by dtype of the result."""
 
-GROUPS = morph.TokenGroups(
-    torch.tensor([[0, 1, 0, 2], [0, 0, 0, 0]]).int(), torch.tensor([[2, 1, 1], [4, 0, 0]]).int()
-)
+GROUPS = morph.TokenGroups(torch.tensor([[0, 1, 0, 2], [0, 0, 0, 0]]).int(), torch.tensor([[2, 1, 1], [4, 0, 0]]).int())
 
 
 def draw(shape: tuple[int, ...], seed: int = 0) -> Tensor:
