@@ -60,7 +60,7 @@ def draw_groups(
         if groups.index.shape != (len(images), patches):
             raise ValueError(f"groups_by_step must hold [{len(images)}, {patches}], got {list(groups.index.shape)}")
     if titles is None:
-        titles = [f"{g.num_groups} group{'s' if g.num_groups != 1 else ''}" for g in groups_by_step]
+        titles = [_count_title(groups) for groups in groups_by_step]
     if len(titles) != len(groups_by_step):
         raise ValueError(f"titles must be one per step, {len(groups_by_step)}, got {len(titles)}")
     figure, axes = _picture_grid(len(images), 1 + len(groups_by_step), images.shape[-2:], ["image", *titles])
@@ -71,6 +71,14 @@ def draw_groups(
             _show(axes[row][column], _fill_groups(image, labels))
             _draw_borders(axes[row][column], labels, image)
     return _save(figure, path)
+
+
+def _count_title(groups: TokenGroups) -> str:
+    """How many groups there are; under a threshold images differ."""
+    fewest, most = (int(bound) for bound in groups.count.aminmax())
+    if fewest < most:
+        return f"{fewest} to {most} groups"
+    return f"{most} group{'s' if most != 1 else ''}"
 
 
 def draw_masks(images: Tensor, masks: Tensor, grid: tuple[int, int], path: Path | str) -> Path:

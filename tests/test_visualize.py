@@ -62,6 +62,13 @@ def test_groups_are_filled_with_their_mean_colour(tmp_path, figures):
     assert len(lines(single)) == 4
 
 
+def test_titles_say_where_images_differ_in_groups(tmp_path, figures):
+    """Under a threshold sizes are padded."""
+    padded = TokenGroups(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 0]]).int(), torch.tensor([[2, 2, 0], [2, 1, 1]]).int())
+    draw_groups(torch.rand(2, 3, 4, 4), [padded], (2, 2), tmp_path / "groups.png")
+    assert [text.get_text() for text in figures[0].texts] == ["image", "2 to 3 groups"]
+
+
 def test_each_row_shows_its_own_image_and_groups(tmp_path, figures):
     images = torch.rand(2, 3, 4, 12)
     groups = groups_of([0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 1])
