@@ -22,14 +22,14 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 COMPILED = {
-    "sm_80": ["match-bf16-196-all match", "match-fp32-64", "match-fp32-196 gram", "loss-bf16", "merge-few-bf16"],
+    "sm_80": ["match-bf16-196-all match", "match-fp32-196 gram", "loss-bf16"],
     "sm_90": [
         *("match-bf16-64", "match-bf16-196 *", "match-bf16-1024-all match", "match-other-fp32-196"),
         *("stream-4096-bf16 *", "stream-4096-fp32 partner", "merge-bf16", "weighted-merge-bf16", "unmerge-bf16"),
-        *("morph-bf16", "loss-bf16", "loss-standardized-wide-fp32", "loss-backward-bf16", "members"),
+        *("morph-few-bf16", "loss-bf16", "loss-standardized-wide-fp32", "loss-backward-bf16", "members"),
     ],
-    "sm_100": ["match-bf16-196 *", "match-bf16-512-all match", "stream-4096-bf16 partner", "loss-standardized-bf16"],
-    "gfx942": ["match-bf16-196 *", "match-bf16-64-all", "stream-4096-bf16 partner", "loss-bf16", "merge-few-fp32"],
+    "sm_100": ["match-bf16-196 *", "stream-4096-bf16 partner", "loss-standardized-bf16"],
+    "gfx942": ["match-bf16-196 *", "stream-4096-bf16 partner", "loss-bf16", "merge-few-fp32"],
 }
 """The launches that are compiled again, by target: the targets share what tells them apart little."""
 

@@ -16,13 +16,15 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from dtm_triton.kernels import groups, tables
-from dtm_triton.measure import trials, tune, tuned_table
-from dtm_triton.measure.cases import Case
+from dtm_triton.measure import dry_run, trials, tune, tuned_table
+from dtm_triton.measure.cases import OPS, Case
 from dtm_triton.measure.timing import Timing
 
 CPU = torch.device("cpu")
 CASE = Case(op="unmerge", batch=1, tokens=12, channels=20, dtype=torch.float32, schedules=((4,),))
 BUCKET = "c32"
+MANY = (("tome_step", 300), ("match", 300))
+"""Ops and numbers of tokens that are matched by streaming."""
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="settings of the CPU are tried in the interpreter")
 
@@ -168,6 +170,16 @@ def test_what_several_cases_ask_for_is_tuned_once() -> None:
     found = trials.subjects([CASE, CASE, morph], "cpu", CPU)
     assert (found[0].op, found[0].case.op) == ("gather", "unmerge")
     assert len({(subject.op, subject.bucket) for subject in found}) == len(found)
+
+
+def test_every_op_says_which_settings_it_asks_for() -> None:
+    """Also where the results, which are only recorded, make no sense."""
+    small = dict(batch=1, channels=16, dtype=torch.float32)
+    cases = [Case(op=op, tokens=20, schedules=((4, 3),), **small) for op in OPS if op != "tome_step"]
+    cases += [Case(op=op, tokens=tokens, schedules=((4,),), **small) for op, tokens in MANY]
+    with dry_run.kernels_allowed():
+        found = {subject.op for subject in trials.subjects(cases, "cpu", CPU)}
+    assert found == {"match", "groups", "loss", "gather", "count", "stream"}
 
 
 def test_measured_entries_replace_ranked_ones_and_never_the_other_way() -> None:
