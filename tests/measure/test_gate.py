@@ -111,6 +111,13 @@ def test_one_wrong_element_is_caught(op: str, target: Any, function: str, monkey
         gate.check(replace(CASES[op], dtype=torch.bfloat16), "portable", CPU)
 
 
+def test_many_small_errors_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each far below the bound on one element, but everywhere."""
+    breaking(portable, "unmerge", lambda x: x + 0.01 * x.abs().max())(monkeypatch)
+    with pytest.raises(AssertionError, match="of its norm"):
+        gate.check(replace(CASES["unmerge"], dtype=torch.bfloat16), "portable", CPU)
+
+
 def test_a_loss_off_by_a_thousandth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     breaking(portable_loss, "loss_forward", lambda result: (1.001 * result[0], *result[1:]))(monkeypatch)
     with pytest.raises(AssertionError, match="loss is off by"):

@@ -35,9 +35,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def case(op: str) -> Case:
-    schedules = {"match": ((3, 2),), "dtm_loss": ((3, 2), (1,)), "tome_step": ((3,),)}[op]
+    schedules = {"match": ((9, 6, 4, 3),), "dtm_loss": ((9, 6, 4), (1,)), "tome_step": ((3,),)}[op]
     protected = int(op == "tome_step")
-    return Case(op=op, batch=2, tokens=12, channels=8, dtype=torch.float32, schedules=schedules, protected=protected)
+    return Case(op=op, batch=2, tokens=30, channels=4, dtype=torch.float32, schedules=schedules, protected=protected)
 
 
 @pytest.mark.parametrize(("program", "op"), [(program, op) for program, ops in released.OPS.items() for op in ops])
