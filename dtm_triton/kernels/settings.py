@@ -184,9 +184,7 @@ def loss_settings(num_channels: int, batch: int, family: str) -> LossSettings:
     128
     """
     channels = min(_channels(num_channels), 32 if batch <= FEW_TASKS else 128)
-    return tuned(
-        LossSettings(groups=8, members=2, channels=channels), "loss", loss_bucket(num_channels, batch), family
-    )
+    return tuned(LossSettings(groups=8, members=2, channels=channels), "loss", loss_bucket(num_channels, batch), family)
 
 
 def row_loss_bucket(num_channels: int) -> str:
