@@ -8,9 +8,9 @@ the first iteration are found once for all schedules.
 
 Estimates, not measured (H200 at 790 TFLOP/s and 4.3 TB/s, C = 320, bfloat16, one iteration). Products, 2 C H^2: 3.4 us
 an image at N = 4,096 and 54 us at 16,384. Finding the maximum takes five instructions an entry, a quarter of the
-product's time, of which two warp groups in turn hide some: 65 % of the matrix rate, 5.2 and 83 us. Norms 0.6 and 2.4
-us; selection 8 us, which up to 132 images share; pairs at most 0.5 and 7 us. With all of it, many images: 55 to 60 %
-of the matrix rate, about 6 and 95 us an image; one image alone 20 and 105 us, the former by the launches' latencies.
+product's time, some of it hidden by the other warp group: assuming 65 % of the matrix rate, 5.2 and 83 us. Norms take
+0.6 and 2.4 us; selection 8 us, which up to 132 images share; pairs at most 0.5 and 7 us. Together 55 to 60 % of the
+matrix rate for many images, 6 and 90 us each; one image alone 20 us, most of it latencies, and 105 us.
 """
 
 from __future__ import annotations

@@ -112,10 +112,13 @@ def norm_kernel(
 
 
 @triton.jit
-def keep_best(product, scale, j, nb, best, found, NUM_PROTECTED: tl.constexpr):
-    """The best similarity so far of every row, and its column, after the columns j; an earlier one wins a tie."""
-    # A closed column is made not a number: the maximum passes over it, for one instruction an entry.
-    scale = tl.where((j < nb) & (j >= NUM_PROTECTED - 1), scale, float("nan"))
+def keep_best(product, scale, j, best, found, NUM_PROTECTED: tl.constexpr):
+    """The best similarity so far of every row, and its column, after the columns j; an earlier one wins a tie.
+
+    Columns behind the last B-slot repeat it, so that they lose the tie.
+    """
+    if NUM_PROTECTED == 2:  # made not a number, which the maximum passes over
+        scale = tl.where(j > 0, scale, float("nan"))
     value = product * scale[None, :]
     top = tl.max(value, 1)
     column = tl.min(tl.where(value == top[:, None], j[None, :], FAR), 1)
@@ -201,7 +204,7 @@ def partner_kernel(
                     square += sum_squares(columns, 0)
             if NORMS:
                 scale = inverse_root(square)
-            best, found = keep_best(product, scale, j, nb, best, found, NUM_PROTECTED)
+            best, found = keep_best(product, scale, j, best, found, NUM_PROTECTED)
     else:
         chunks = tl.cdiv(num_channels, CHANNELS)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -222,7 +225,7 @@ def partner_kernel(
             if step % chunks == chunks - 1:
                 if NORMS:
                     scale = inverse_root(square)
-                best, found = keep_best(product, scale, j, nb, best, found, NUM_PROTECTED)
+                best, found = keep_best(product, scale, j, best, found, NUM_PROTECTED)
                 product = tl.zeros((ROWS, COLUMNS), tl.float32)
                 square = tl.zeros((COLUMNS,), tl.float32)
     half = (num_tokens + 1) // 2

@@ -19,6 +19,9 @@ STREAM_SCRATCH_BYTES = 256 * 2**20
 RESIDENT_FAMILIES = ("sm_90", "sm_100", "sm_103")
 """GPUs whose multiprocessors have 227 KiB of shared memory."""
 
+TENSOR_MEMORY_FAMILIES = ("sm_100", "sm_103")
+"""GPUs that hold products outside the registers: finding the maximum of 128 columns there spills."""
+
 RESIDENT_CHANNELS = 320
 """Up to here 128 rows of A and three tiles of 64 rows of B fit 227 KiB in half precision: 640 bytes a channel."""
 
@@ -75,9 +78,10 @@ def stream_settings(num_tokens: int, num_channels: int, dtype: torch.dtype, fami
     few = slots <= 1024
     single = dtype == torch.float32
     resident = not single and not few and num_channels <= RESIDENT_CHANNELS and family in RESIDENT_FAMILIES
+    narrow = single or resident or (family in TENSOR_MEMORY_FAMILIES and not few)
     default = StreamSettings(
         rows=64 if single else 128,
-        columns=64 if single or resident else 128,
+        columns=64 if narrow else 128,
         channels=32 if single else 64,
         resident=resident,
         norms=few,

@@ -26,7 +26,7 @@ TINY: dict[str, Any] = dict(
     num_stages=2,
     select_warps=4,
 )
-APART = StreamSettings(**TINY, programs=5)
+APART = StreamSettings(**TINY, programs=12)
 INSIDE = StreamSettings(**TINY, programs=1, norms=True, place=True, resident=True)
 FORMS = {"apart": APART, "inside": INSIDE}
 """All launches and B shared out; and as few launches as there are, with the tile of A kept."""
@@ -218,7 +218,7 @@ def test_chunks_decide_nothing(schedules: tuple[list[int]], monkeypatch: pytest.
 
 @over_forms
 def test_no_pair_above_the_threshold(form: str) -> None:
-    """Nothing merges and nothing moves; what is not a number is below the lowest threshold, what equals it not above."""
+    """Nothing merges and nothing moves; what equals it is not above, what is not a number below the lowest there is."""
     features = normal(2, 20, 6)
     features[1] = float("nan")
     assert_as_defined(features, [5], **PLAIN | {"threshold": 1.5})
