@@ -57,7 +57,7 @@ if sanitizer=$(command -v compute-sanitizer); then
 else
   say "memcheck, racecheck: skipped, compute-sanitizer is not on the PATH"
 fi
-step tuning 105 tune.log $PYTHON -m dtm_triton.measure.tune --minutes 1.5 --write "$RESULTS"
+step tuning 105 tune.log $PYTHON -m dtm_triton.measure.tune --op match --minutes 1.5 --write "$RESULTS"
 step benchmark 120 bench.log $PYTHON -m dtm_triton.measure.bench --device cuda --seconds 0.2 --minutes 1.7 --data "$RESULTS"
 if [ $failed = 0 ]; then say "gpu-check: all steps passed"; else say "gpu-check: a step FAILED"; fi
 exit $failed
