@@ -1,7 +1,8 @@
-"""How many kernels the loss launches, forward and backward together: counted, with the kernels themselves left out."""
+"""What the loss costs, forward and backward together: launches and memory, counted with the kernels left out."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -42,16 +43,24 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def run_loss(kind: str = "smooth_l1", normalize_target: bool = False) -> list[str]:
-    """The PyTorch operators, other than free ones, of a forward and a backward whose incoming gradient is there."""
-    outputs = torch.randn(3, 196, 8, requires_grad=True)
-    targets, one, seed = torch.randn(3, 196, 8), torch.ones(()), torch.zeros(1).long()
+def profiled(shape: tuple[int, ...], dtype: torch.dtype, kind: str, normalize_target: bool) -> profile:
+    """A forward and a backward whose incoming gradient is there."""
+    outputs, targets = (torch.zeros(shape, dtype=dtype) for _ in range(2))
+    outputs.requires_grad_()
+    one, seed = torch.ones(()), torch.zeros(1).long()
     schedules = torch.tensor([[14] * 7, [3] * 7], dtype=torch.int32)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         value, _ = loss_ops.dtm_loss(
             outputs, targets, schedules, seed, 0, False, kind, 2.0, normalize_target, True, "triton"
         )
-        torch.autograd.grad(value, outputs, one)
+        gradient = torch.autograd.grad(value, outputs, one)
+        del value, gradient
+    return profiler
+
+
+def run_loss(kind: str = "smooth_l1", normalize_target: bool = False) -> list[str]:
+    """The PyTorch operators, other than free ones."""
+    profiler = profiled((3, 196, 8), torch.float32, kind, normalize_target)
     names = {event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")}
     return sorted(names - FREE)
 
@@ -86,6 +95,17 @@ def test_a_launch_of_pytorch_is_seen(monkeypatch: pytest.MonkeyPatch, launched: 
 
     monkeypatch.setattr(launch, "loss_forward", wasteful)
     assert "add" in run_loss()
+
+
+@pytest.mark.usefixtures("launched")
+def test_two_copies_of_the_outputs() -> None:
+    """What the forward saves and the gradient; Gram matrices are gone by then. The inputs are not counted."""
+    shape = (128, 196, 512)
+    copy = 2 * torch.Size(shape).numel()
+    results = profiled(shape, torch.bfloat16, "smooth_l1", False).profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    peak = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    assert 2 * copy <= peak < 2.01 * copy
 
 
 def test_inference_launches_no_backward(launched: list[str]) -> None:
