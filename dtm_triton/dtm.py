@@ -24,6 +24,9 @@ class Matching(NamedTuple):
     members: Tensor
 
 
+torch.serialization.add_safe_globals([Matching])  # so that torch.load(weights_only=True) takes what torch.save wrote
+
+
 class DTMLoss(nn.Module):
     """`dtm_loss` with schedules drawn anew in every call, as the paper trains.
 
@@ -87,7 +90,7 @@ class DTMLoss(nn.Module):
         >>> DTMLoss(num_schedules=3, max_iterations=5).draw(196).shape
         torch.Size([3, 5])
         """
-        return self._draw(num_tokens)[0]
+        return self._draw(as_count("num_tokens", num_tokens))[0]
 
     def match(self, targets: Tensor) -> Matching:
         """Draw schedules and match targets [B, N, C]: what `forward` does first."""
@@ -123,9 +126,10 @@ class DTMLoss(nn.Module):
     def _loss_of(self, outputs: Tensor, targets: Tensor, matching: Matching, backend: str) -> Tensor:
         if not isinstance(matching, Matching):
             raise TypeError(f"matching must be what match() gave, got {matching!r:.80}")
-        if matching.index.shape[1:] != outputs.shape[:2]:
-            found = list(matching.index.shape[1:])
-            raise ValueError(f"matching must be of {list(outputs.shape[:2])} tokens like outputs, got {found}")
+        if matching.index.shape[1:] != outputs.shape[:2] or matching.index.device != outputs.device:
+            wanted = f"{list(outputs.shape[:2])} tokens on {outputs.device}"
+            found = f"{list(matching.index.shape[1:])} on {matching.index.device}"
+            raise ValueError(f"matching must be of {wanted} like outputs, got {found}")
         save = torch.is_grad_enabled() and outputs.requires_grad
         options = (self.kind, self.beta, self.normalize_target, save, backend)
         return loss_ops.morph_loss(outputs, targets.detach(), *matching, *options)[0]

@@ -18,7 +18,8 @@ class TokenGroups(NamedTuple):
     """A partition of the tokens of every image into groups.
 
     index: int32 [B, N], the group of every token. size: int32 [B, G], the tokens in every group; where images differ in
-    groups (matching with a threshold) zeros fill up the rows, and `count` tells how many groups each image has.
+    groups (matching with a threshold) zeros fill up the rows, and `count` tells how many groups each image has. A size
+    of 0 before another group is refused on the CPU; on a GPU, where nothing is checked, groups behind it are lost.
 
     >>> groups = TokenGroups(torch.tensor([[0, 1, 0], [0, 1, 2]]).int(), torch.tensor([[2, 1, 0], [1, 1, 1]]).int())
     >>> groups.num_tokens, groups.num_groups, groups.count.tolist()

@@ -53,7 +53,7 @@ def _(
     save: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_loss(outputs, kind, save)
+    return _fake_loss(outputs, kind, len(index), save)
 
 
 @custom_op("dtm_triton::dtm_loss", mutates_args=())
@@ -97,7 +97,7 @@ def _(
     save: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_loss(outputs, kind, save)
+    return _fake_loss(outputs, kind, len(removed), save)
 
 
 @custom_op("dtm_triton::loss_backward", mutates_args=())
@@ -144,6 +144,7 @@ morph_loss.register_autograd(_backward, setup_context=_morph_loss_setup)
 dtm_loss.register_autograd(_backward, setup_context=_dtm_loss_setup)
 
 
-def _fake_loss(outputs: Tensor, kind: str, save: bool) -> tuple[Tensor, Tensor]:
+def _fake_loss(outputs: Tensor, kind: str, num_schedules: int, save: bool) -> tuple[Tensor, Tensor]:
     loss = outputs.new_empty((), dtype=torch.promote_types(outputs.dtype, torch.float32))
-    return loss, outputs.new_empty(outputs.shape if save else (0,), dtype=slope_dtype(outputs.dtype, kind))
+    dtype = slope_dtype(outputs.dtype, kind, num_schedules)
+    return loss, outputs.new_empty(outputs.shape if save else (0,), dtype=dtype)

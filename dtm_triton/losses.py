@@ -122,7 +122,7 @@ def matched_loss(
     split: str,
     backend: str,
 ) -> Tensor:
-    """`dtm_loss` behind its checks: removed int32 [L, K] and seed int64 [1], both on the CPU.
+    """`dtm_loss` behind its checks: removed int32 [L, K] and seed int64 [1], on the CPU or beside them.
 
     >>> x = torch.eye(4)[None]
     >>> matched_loss(x, x, torch.tensor([[1]]).int(), torch.zeros(1).long(), kind="l2", beta=1.0,
@@ -201,7 +201,7 @@ def check_loss(kind: object, beta: object, normalize_target: object) -> None:
         raise ValueError(f"kind must be one of {LOSS_KINDS}, got {kind!r}")
     if isinstance(beta, bool) or not isinstance(beta, Real):
         raise TypeError(f"beta must be a number, got {beta!r}")
-    if not (math.isfinite(beta) and float(beta) >= 0):
+    if not 0 <= float(beta) < math.inf:  # not isfinite, which does not compile
         raise ValueError(f"beta must be finite and not negative, got {beta}")
     if not isinstance(normalize_target, bool):
         raise TypeError(f"normalize_target must be a bool, got {normalize_target!r}")

@@ -40,7 +40,8 @@ def match_tokens(
     keep_order: whether groups that did not merge keep their order or come by falling similarity; by default they keep
     it when a token is protected. threshold: only pairs whose cosine similarity is above it merge, so that removed is
     the most that can go and images differ in groups. An iteration in which nothing merges in an image leaves its
-    groups in their order. backend: "reference", "portable", "triton", or None for the fastest that can run.
+    groups in their order. backend: "reference", "portable", "triton", or None: triton on GPUs that
+    can run it, else portable.
 
     Returns groups in their final order: those that stayed, then those that could receive; with a threshold
     `TokenGroups.size` is [B, N], padded with zeros, and `TokenGroups.count` tells the groups of every image. The cosine
@@ -122,7 +123,7 @@ def match_and_merge(
     threshold: float | None,
     backend: str,
 ) -> tuple[Tensor, TokenGroups]:
-    """`find_groups` on x, and the mean of every group [B, num_groups, C], in one launch where that is faster.
+    """`find_groups` on x, and the mean of every group [B, num_groups, C], in one call.
 
     >>> match_and_merge(torch.eye(4)[None, [0, 0, 1, 1]], removed=torch.tensor([[2]]).int(), seed=torch.zeros(1).long(),
     ...                 num_groups=2, num_protected=0, random_split=False, keep_order=False, threshold=None,
@@ -184,5 +185,5 @@ def check_matching(num_protected: object, split: object, generator: object, thre
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
     if isinstance(threshold, bool) or not (threshold is None or isinstance(threshold, Real)):
         raise TypeError(f"threshold must be a number or None, got {threshold!r}")
-    if threshold is not None and not math.isfinite(threshold):
+    if threshold is not None and not -math.inf < float(threshold) < math.inf:  # not isfinite, which does not compile
         raise ValueError(f"threshold must be finite, got {threshold}")

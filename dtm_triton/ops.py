@@ -158,22 +158,24 @@ def _(x: Tensor, weight: Tensor, index: Tensor, size: Tensor, backend: str) -> t
 
 
 def _weighted_merge_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, index, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, index, *output)
+    x, weight, index, size, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, index, size, output[0])
     ctx.set_materialize_grads(False)
     if not ctx.needs_input_grad[1]:
         ctx.mark_non_differentiable(output[1])
 
 
 def _weighted_merge_backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, index, merged, total = ctx.saved_tensors
+    x, weight, index, size, merged = ctx.saved_tensors
     of_x = of_weight = None
-    if grad is not None:
-        share = torch.where(total == 0, 0.0, grad / total.where(total != 0, 1.0)).to(x.dtype)
+    if grad is not None:  # in float32 to the end: half precision would lose small gradients, and large totals
+        wide = at_least_float32(weight)
+        total = merge(wide, index, size, "sum", ctx.backend)
+        share = torch.where(total == 0, 0.0, at_least_float32(grad) / total.where(total != 0, 1.0))
         share = unmerge(share, index, ctx.backend)
-        of_x = (share * weight).to(x.dtype)
+        of_x = (share * wide).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            distance = at_least_float32(x - unmerge(merged, index, ctx.backend))
+            distance = at_least_float32(x) - at_least_float32(unmerge(merged, index, ctx.backend))
             of_weight = (share * distance).sum(2, keepdim=True).to(weight.dtype)
     if grad_total is not None:
         of_total = unmerge(grad_total, index, ctx.backend)

@@ -48,7 +48,7 @@ def loss_forward(
         if save:
             slopes += gather_rows(slope, groups.long())
     count = len(index) * batch * tokens * (1 if kind == "cosine" else channels)
-    return (total / max(count, 1)).to(x.dtype), slopes.to(slope_dtype(outputs.dtype, kind))
+    return (total / max(count, 1)).to(x.dtype), slopes.to(slope_dtype(outputs.dtype, kind, len(index)))
 
 
 def loss_backward(grad: Tensor, slopes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ from dtm_triton.groups import (
     weighted_merge_tokens,
 )
 from dtm_triton.matching import draw_seed, find_groups, most_groups, schedules_tensor
-from dtm_triton.schedule import MorphSchedule
+from dtm_triton.schedule import MorphSchedule, as_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,10 @@ def bipartite_soft_matching(
     check_tokens("metric", metric)
     if distill_token and not class_token:
         raise ValueError(f"distill_token={distill_token} needs class_token=True, got class_token={class_token}")
-    protected, schedule = int(class_token) + int(distill_token), MorphSchedule((max(r, 0),))
+    protected, schedule = (
+        int(class_token) + int(distill_token),
+        MorphSchedule((max(as_count("r", r, least=-(2**31)), 0),)),
+    )
     backend = choose_backend(backend, metric.device)
     groups = find_groups(
         metric,

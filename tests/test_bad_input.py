@@ -32,6 +32,8 @@ CASES: list[tuple[Any, type[Exception], str]] = [
     (lambda: morph.match_tokens(X, [3], keep_order=1), TypeError, r"keep_order must be a bool or None, got 1"),
     (lambda: morph.match_tokens(X, [3], threshold=True), TypeError, r"threshold must be a number or None, got True"),
     (lambda: morph.match_tokens(X, [3], threshold="0.5"), TypeError, r"threshold must be a number or None, got '0.5'"),
+    (lambda: tome.bipartite_soft_matching(X, "a"), TypeError, r"r must be an integer, got 'a'"),
+    (lambda: tome.bipartite_soft_matching(X, 2.5), TypeError, r"r must be an integer, got 2.5"),
     (lambda: morph.match_tokens(X, [3], threshold=float("nan")), ValueError, r"threshold must be finite, got nan"),
     (lambda: morph.match_tokens(X, [3], threshold=-float("inf")), ValueError, r"threshold must be finite, got -inf"),
     (lambda: morph.TokenMorph([3], threshold=float("inf")), ValueError, r"threshold must be finite, got inf"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from backends import DEVICE
@@ -46,10 +48,30 @@ def test_matching_may_be_used_twice() -> None:
 def test_a_matching_of_other_tokens_is_refused() -> None:
     loss = morph.DTMLoss()
     matching = loss.match(pair(tokens=9)[1])
-    with pytest.raises(ValueError, match=r"matching must be of \[2, 14\] tokens like outputs, got \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"matching must be of \[2, 14\] tokens on .* like outputs, got \[2, 9\]"):
         loss(*pair(), matching)
     with pytest.raises(TypeError, match="matching must be what match"):
         loss(*pair(), tuple(matching))  # type: ignore[arg-type]
+
+
+def test_a_matching_on_another_device_is_refused() -> None:
+    loss = morph.DTMLoss()
+    outputs, targets = pair()
+    elsewhere = dtm.Matching(*(part.to("meta") for part in loss.match(targets)))
+    with pytest.raises(ValueError, match=r"like outputs, got \[2, 14\] on meta"):
+        loss(outputs, targets, elsewhere)
+
+
+def test_a_matching_can_be_stored(tmp_path: Path) -> None:
+    matching = morph.DTMLoss().match(pair()[1])
+    torch.save(matching, tmp_path / "matching.pt")
+    assert all(map(torch.equal, torch.load(tmp_path / "matching.pt", weights_only=True), matching))
+
+
+def test_drawing_names_what_is_wrong() -> None:
+    for wrong, error in (("a", TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="num_tokens must be"):
+            morph.DTMLoss().draw(wrong)  # type: ignore[arg-type]
 
 
 def test_drawn_schedules_are_those_of_the_next_call() -> None:

@@ -102,6 +102,21 @@ def test_a_compiled_loss_is_compiled_once_for_all_schedules(backend: str) -> Non
     assert counter.frame_count == 1
 
 
+def test_numbers_may_change_in_compiled_code() -> None:
+    """The checks of a threshold and of beta compile too."""
+    x, outputs = tokens(grad=False), tokens()
+
+    def groups_above(threshold: float) -> Tensor:
+        return morph.match_tokens(x, [3], threshold=threshold).index
+
+    def loss(beta: float) -> Tensor:
+        return morph.dtm_loss(outputs, x, [morph.MorphSchedule((3,))], beta=beta)
+
+    for function in (groups_above, loss):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert all(compiled(value).equal(function(value)) for value in (0.1, 0.2, 0.4))
+
+
 def test_a_compiled_dtm_loss_draws_what_the_eager_one_draws() -> None:
     counter = CompileCounterWithBackend("inductor")
     outputs, targets = tokens(), tokens(grad=False)

@@ -84,6 +84,20 @@ def test_gradcheck(part: int) -> None:
 
 
 @over_backends
+@pytest.mark.parametrize(("weight_scale", "grad"), [(1.0, 1e-5), (1e-8, 1.0), (1e3, 1.0)])
+def test_gradients_of_float16_neither_vanish_nor_overflow(backend: str, weight_scale: float, grad: float) -> None:
+    """A share of a small gradient, small weights, and totals beyond float16's range are float32 until the end."""
+    groups = to_device(morph.TokenGroups(torch.tensor([[0, 1, 0, 0]]).int(), torch.tensor([[3, 1]]).int()))
+    weight = weight_scale * torch.tensor([[[500.0], [1000.0], [200.0], [300.0]]], device=DEVICE)
+    x = draw((1, 4, 3)).half().requires_grad_()
+    merged, _ = morph.weighted_merge_tokens(x, weight, groups, backend=backend)
+    (merged * grad).sum().backward()
+    shares = torch.tensor([0.5, 1.0, 0.2, 0.3], device=DEVICE) * torch.tensor(grad).half().item()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0, :, 0].float(), shares, rtol=0.02, atol=0)
+
+
+@over_backends
 def test_weights_that_add_up_to_zero(backend: str) -> None:
     """A row of zeros, and no gradient, instead of a division by zero."""
     x = torch.arange(1.0, 17.0, device=DEVICE).view(2, 4, 2).requires_grad_()

@@ -35,7 +35,7 @@ def loss_forward(
     num_schedules, _, num_groups = size.shape
     device = outputs.device
     shape = outputs.shape if save else (0,)
-    slopes = torch.empty(shape, dtype=settings.slope_dtype(outputs.dtype, kind), device=device)
+    slopes = torch.empty(shape, dtype=settings.slope_dtype(outputs.dtype, kind, num_schedules), device=device)
     if outputs.numel() == 0 or size.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=device), slopes
     if kind == "smooth_l1" and beta == 0:

@@ -170,6 +170,7 @@ def _form_grams(
             num_warps=tiles.gram_warps,
             num_stages=tiles.gram_stages,
             enable_fp_fusion=True,
+            **settings.register_bound(settings.GRAM_REGISTERS),
         )
 
 

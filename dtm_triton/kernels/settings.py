@@ -25,12 +25,18 @@ MAX_COUNTED_TOKENS = 1024
 SCRATCH_BYTES = 256 * 2**20
 """Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
 
+GRAM_REGISTERS = 255
+"""Per thread, for NVIDIA: without a bound ptxas takes fewer in the Gram launch, and spills."""
+
 FEW_TASKS = 64
 """Up to here one program a task leaves half of a large GPU's multiprocessors idle."""
 
 EXTENT_BLOCK = 256
 """Group sizes that a program adds at a time to find where its own groups start."""
 
+
+FEW_SCHEDULES = 4
+"""Schedules whose slopes add up in half precision with an error near that of rounding once."""
 
 SCALE_BLOCK = 2048
 """Entries of the gradient that a program of the backward scales: 16 bytes a load and thread in half precision."""
@@ -209,18 +215,23 @@ def row_loss_settings(num_channels: int, family: str) -> LossSettings:
         default = LossSettings(groups=4 if channels <= 256 else 2, members=2, channels=channels)
     else:
         warps = min(32, max(4, channels // 512))
-        registers = min(128, 2**16 // (32 * warps))  # a program of 32 warps gets no more
+        registers = min(168, 2**16 // (32 * warps))  # a program of 32 warps gets no more
         default = LossSettings(groups=1, members=2, channels=channels, num_warps=warps, max_registers=registers)
     return tuned(default, "row_loss", row_loss_bucket(num_channels), family)
 
 
-def slope_dtype(outputs: torch.dtype, kind: str) -> torch.dtype:
-    """What the unscaled gradient is saved in: the outputs' dtype, but where it is unbounded not float16.
+def slope_dtype(outputs: torch.dtype, kind: str, num_schedules: int) -> torch.dtype:
+    """What the unscaled gradient is saved in: the outputs' dtype, but float32 where half precision would not do.
 
-    >>> slope_dtype(torch.float16, "smooth_l1"), slope_dtype(torch.float16, "l2")
+    It is unbounded for some losses, which float16 is not, and every further schedule is rounded again.
+
+    >>> slope_dtype(torch.float16, "smooth_l1", 2), slope_dtype(torch.float16, "l2", 2)
     (torch.float16, torch.float32)
     """
-    return torch.float32 if outputs == torch.float16 and kind in ("l2", "cosine") else outputs
+    half = outputs in (torch.float16, torch.bfloat16)
+    if half and (num_schedules > FEW_SCHEDULES or (outputs == torch.float16 and kind in ("l2", "cosine"))):
+        return torch.float32
+    return outputs
 
 
 def gather_settings(num_channels: int, family: str) -> GatherSettings:

@@ -115,7 +115,7 @@ def norm_kernel(
 def keep_best(product, scale, j, best, found, NUM_PROTECTED: tl.constexpr):
     """The best similarity so far of every row, and its column, after the columns j; an earlier one wins a tie.
 
-    Columns behind the last B-slot repeat it, so that they lose the tie.
+    Columns behind the last B-slot repeat it, so that they lose the tie; should they ever win it, they stand for it.
     """
     if NUM_PROTECTED == 2:  # made not a number, which the maximum passes over
         scale = tl.where(j > 0, scale, float("nan"))
@@ -231,4 +231,4 @@ def partner_kernel(
     half = (num_tokens + 1) // 2
     place = (tl.program_id(1) * tl.num_programs(2) + task).to(tl.int64) * half + i
     tl.store(key + place, ordered_key(best), mask=i < na)
-    tl.store(partner + place, found, mask=i < na)
+    tl.store(partner + place, tl.minimum(found, nb - 1), mask=i < na)

@@ -8,8 +8,8 @@ from dtm_triton.measure.ceilings import Ceilings, dtype_name
 ASSUMED_DEVICE = "NVIDIA H200"
 
 ASSUMED = Ceilings(copy_gb_s=4300.0, matrix_tflop_s={"bfloat16": 790.0, "float16": 790.0, "float32": 130.0})
-"""A device-to-device copy and 8192 x 8192 x 8192 products as others report them for that GPU; float32 in three
-TF32 passes, each at half of bfloat16's rate. Assumptions: the benchmark measures its own."""
+"""A device-to-device copy and 8192 x 8192 x 8192 products near what that GPU's datasheet leads one to expect; float32
+in three TF32 passes, each at half of bfloat16's rate. Assumptions: the benchmark measures its own."""
 
 
 def estimate(case: Case) -> dict[str, float]:

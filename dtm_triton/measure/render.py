@@ -51,7 +51,8 @@ def render(places: Places) -> str:
     parts = [
         "# Benchmarks",
         "Rendered by `python kernels/bench.py`, which measures, or `python kernels/bench.py --render`, which does not, "
-        "from one data file for each machine. No figure here is typed by hand.",
+        "from one data file for each machine. No measured figure is typed by hand; what the method's prose estimates, "
+        "it calls so.",
     ]
     for record in records:
         parts += _machine(record, places)

@@ -1,6 +1,9 @@
 """Every op once on small inputs of awkward sizes: a program to run under a memory or race checker.
 
 compute-sanitizer --tool memcheck python -m dtm_triton.measure.small_calls
+
+racecheck sees shared memory only, which the compiler manages. The barriers that are written by hand order memory that
+it does not watch: for those the tests repeat calls and compare bits.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def assert_as_defined(
     wanted.backward()
     value, gradient = loss_and_gradient(outputs, targets, parts, **settings)
     assert value.dtype == torch.float32 and value.shape == ()
-    assert gradient.dtype == slope_dtype(outputs.dtype, settings["kind"])
+    assert gradient.dtype == slope_dtype(outputs.dtype, settings["kind"], len(parts[0]))
     assert abs(value.item() - wanted.item()) <= tolerance * max(1, abs(wanted.item()))
     assert x.grad is not None
     # A cosine of one channel has gradient 0: rounding is then measured by what one entry can contribute.
@@ -139,6 +139,14 @@ def test_tokens_of_no_group_have_no_gradient() -> None:
     assert gradient.isfinite().all()
     listed = size[0, 1].sum()
     assert (gradient[1, members[0, 1, listed:].long()] == 0).all()
+
+
+def test_many_schedules_in_half_precision() -> None:
+    """A sum of slopes of 1 that bfloat16 would leave at 256."""
+    index, size, members = (part.expand(300, -1, -1) for part in groups(1, 4, []))
+    outputs = torch.full((1, 4, 2), 5.0, dtype=torch.bfloat16, device=DEVICE)
+    _, slopes = launch.loss_forward(outputs, 0 * outputs, members, size, save=True, **(PLAIN | {"kind": "l1"}))
+    assert index.shape[0] == 300 and slopes.dtype == torch.float32 and (slopes == 300).all()
 
 
 def test_nothing_saved_and_nothing_there() -> None:
