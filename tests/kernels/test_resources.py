@@ -39,7 +39,6 @@ OUTSIDE_LOOPS = 64
 STACK = {
     "match-bf16-196-threshold match": "two programs share a multiprocessor at 128 registers, for 8 bytes",
     "match-bf16-512-all match": "the same with every option at once, for 24 bytes on sm_80",
-    "loss-standardized-wide-fp32": "2,048 channels in float32 on 4 warps, four programs, for 8 bytes",
 }
 """Launches that use stack outside their loops under one of the recorded versions, and what that is the price of."""
 
