@@ -162,8 +162,9 @@ def test_smallest_shapes(backend: str, shape: tuple[int, int, int]) -> None:
     assert_partition(case.groups(backend), case)
 
 
-@over_backends
-def test_more_tokens_than_a_kernel_holds(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["portable", "triton"], indirect=True)  # tiny tiles would take a minute
+def test_more_tokens_than_one_launch_holds(backend: str) -> None:
+    """More slots than the matching kernel has by default."""
     features = make_features("normal", 1, 300, 8, seed=5, dtype=torch.float32)
     case = Case(features, [100, 30], dict(num_protected=0, split="alternating", keep_order=None))
     truth = case.groups("reference", features.double())
