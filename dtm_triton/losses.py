@@ -139,7 +139,6 @@ def matched_loss(
             random_split=random_split,
             keep_order=num_protected > 0,
         )
-        size = size.clamp(min=1)  # columns past the last group have no tokens; a mean over none would be 0 / 0
         return reference.loss(outputs, targets, index, size, kind=kind, beta=beta, normalize_target=normalize_target)
     save = torch.is_grad_enabled() and outputs.requires_grad
     loss, _ = loss_ops.dtm_loss(

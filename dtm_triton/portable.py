@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dtm_triton import reference
-from dtm_triton.reference import LEAST_THRESHOLD, LOWEST, shuffled_slots, unmerge, weighted_merge
+from dtm_triton.kernels.settings import LEAST_THRESHOLD
+from dtm_triton.reference import LOWEST, shuffled_slots, unmerge, weighted_merge
 from dtm_triton.rows import add_rows, at_least_float32, gather_rows
 
 __all__ = ["match", "merge", "morph", "unmerge", "weighted_merge"]  # the last two are the reference's

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dtm_triton.kernels.settings import LEAST_THRESHOLD
 from dtm_triton.rows import add_rows, at_least_float32, gather_rows
 
 LOWEST = -3e38
 """What a similarity that is not a number counts as."""
-
-LEAST_THRESHOLD = -2.0
-"""What a lower threshold counts as: below every similarity that is a number, above the others."""
 
 
 def match(

@@ -10,7 +10,8 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from dtm_triton.reference import LEAST_THRESHOLD, LOWEST, shuffled_slots
+from dtm_triton.kernels.settings import LEAST_THRESHOLD
+from dtm_triton.reference import LOWEST, shuffled_slots
 
 ROUNDING = 1e-5
 """More than float32 similarities of up to a few hundred channels can be off by."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dtm_triton import loss_ops, morph
 from dtm_triton.kernels import groups, loss, match, settings
+from dtm_triton.measure.timing import peak_bytes
 
 MODULES = {
     match: ("match_kernel", "gram_kernel"),
@@ -43,24 +44,29 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def profiled(shape: tuple[int, ...], dtype: torch.dtype, kind: str, normalize_target: bool) -> profile:
+def step(
+    shape: tuple[int, ...], dtype: torch.dtype, kind: str = "smooth_l1", normalize_target: bool = False
+) -> Callable[[], object]:
     """A forward and a backward whose incoming gradient is there."""
     outputs, targets = (torch.zeros(shape, dtype=dtype) for _ in range(2))
     outputs.requires_grad_()
     one, seed = torch.ones(()), torch.zeros(1).long()
     schedules = torch.tensor([[14] * 7, [3] * 7], dtype=torch.int32)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def run() -> object:
         value, _ = loss_ops.dtm_loss(
             outputs, targets, schedules, seed, 0, False, kind, 2.0, normalize_target, True, "triton"
         )
-        gradient = torch.autograd.grad(value, outputs, one)
-        del value, gradient
-    return profiler
+        return torch.autograd.grad(value, outputs, one)
+
+    return run
 
 
 def run_loss(kind: str = "smooth_l1", normalize_target: bool = False) -> list[str]:
     """The PyTorch operators, other than free ones."""
-    profiler = profiled((3, 196, 8), torch.float32, kind, normalize_target)
+    run = step((3, 196, 8), torch.float32, kind, normalize_target)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
     names = {event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")}
     return sorted(names - FREE)
 
@@ -102,9 +108,7 @@ def test_two_copies_of_the_outputs() -> None:
     """What the forward saves and the gradient; Gram matrices are gone by then. The inputs are not counted."""
     shape = (128, 196, 512)
     copy = 2 * torch.Size(shape).numel()
-    results = profiled(shape, torch.bfloat16, "smooth_l1", False).profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    peak = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    peak = peak_bytes(step(shape, torch.bfloat16), torch.device("cpu"))
     assert 2 * copy <= peak < 2.01 * copy
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from dtm_triton import morph, portable
+from dtm_triton.measure import timing
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts CPU allocations")
 
 
 def peak_bytes(features: torch.Tensor, removed: list[int]) -> int:
     """Peak of the memory PyTorch holds above what it held before the call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        morph.match_tokens(features, removed, backend="portable")
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    return timing.peak_bytes(lambda: morph.match_tokens(features, removed, backend="portable"), features.device)
 
 
 def test_matching_stays_far_below_100_mb() -> None:

@@ -42,14 +42,14 @@ def group_members(index: Tensor, num_groups: int) -> Tensor:
     return members
 
 
-def merge(x: Tensor, members: Tensor, size: Tensor, mode: str) -> Tensor:
+def merge(x: Tensor, members: Tensor, size: Tensor, mode: str, out: Tensor | None = None) -> Tensor:
     """The mean, sum or maximum of every group: x [B, N, D], members int32 [B, N], size int32 [B, G] -> [B, G, D].
 
-    Computed in float32, returned in x's dtype; 0 for an empty group.
+    Computed in float32, returned in x's dtype, or written to `out`, contiguous and of any dtype; 0 for an empty group.
     """
     batch, num_tokens, num_channels = x.shape
     num_groups = size.shape[1]
-    merged = torch.empty((batch, num_groups, num_channels), dtype=x.dtype, device=x.device)
+    merged = torch.empty((batch, num_groups, num_channels), dtype=x.dtype, device=x.device) if out is None else out
     if merged.numel() == 0:
         return merged
     tiles = settings.group_settings(num_tokens, num_groups, num_channels, family(x.device))

@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings
-from dtm_triton.kernels.loss_kernels import loss_kernel, scale_kernel
-from dtm_triton.kernels.row_loss_kernel import row_loss_kernel
+from dtm_triton.kernels.loss_kernels import loss_kernel, row_loss_kernel, scale_kernel
 from dtm_triton.kernels.tables import family
 
 

@@ -15,9 +15,6 @@ from dtm_triton.kernels.settings import MatchSettings
 from dtm_triton.kernels.stream_match import stream_match
 from dtm_triton.kernels.tables import family
 
-LEAST_THRESHOLD = -2.0
-"""Below every cosine, and above what a similarity that is not a number counts as."""
-
 
 def match(
     features: Tensor,
@@ -104,7 +101,7 @@ def match(
                 num_channels=num_channels,
                 num_iterations=num_iterations,
                 merge_rows=merge_rows,
-                threshold=0.0 if threshold is None else max(float(threshold), LEAST_THRESHOLD),
+                threshold=0.0 if threshold is None else max(float(threshold), settings.LEAST_THRESHOLD),
                 stride_b=features.stride(0),
                 stride_n=features.stride(1),
                 stride_c=features.stride(2),

@@ -22,6 +22,9 @@ MAX_SLOTS = 1024
 MAX_COUNTED_TOKENS = 1024
 """Up to here the tokens are sorted by group by counting, which takes N^2 comparisons."""
 
+LEAST_THRESHOLD = -2.0
+"""What a lower threshold counts as: below every similarity that is a number, above the others."""
+
 SCRATCH_BYTES = 256 * 2**20
 """Images are taken in chunks whose Gram matrices fit in here (or one at a time)."""
 
@@ -130,7 +133,7 @@ def match_bucket(num_tokens: int, dtype: torch.dtype, num_tasks: int) -> str:
     'n256 half many'
     """
     width = "single" if dtype == torch.float32 else "half"
-    return f"n{_slots(num_tokens)} {width} {'few' if num_tasks <= FEW_TASKS else 'many'}"
+    return f"n{list_slots(num_tokens)} {width} {'few' if num_tasks <= FEW_TASKS else 'many'}"
 
 
 def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: str) -> MatchSettings:
@@ -140,7 +143,7 @@ def match_settings(num_tokens: int, dtype: torch.dtype, num_tasks: int, family: 
     256
     """
     assert num_tokens <= MAX_SLOTS, num_tokens
-    fused, slots = num_tokens <= 64, _slots(num_tokens)
+    fused, slots = num_tokens <= 64, list_slots(num_tokens)
     default = MatchSettings(
         fused=fused,
         slots=slots,
@@ -271,7 +274,12 @@ def next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _slots(num_tokens: int) -> int:
+def list_slots(num_tokens: int) -> int:
+    """The length of per-token lists.
+
+    >>> list_slots(196), list_slots(9)
+    (256, 64)
+    """
     return max(64, next_power_of_two(num_tokens))
 
 

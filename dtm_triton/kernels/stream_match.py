@@ -20,14 +20,9 @@ import triton
 from torch import Tensor
 
 from dtm_triton.kernels import settings, stream_settings
-from dtm_triton.kernels.group_kernels import merge_kernel
-from dtm_triton.kernels.groups import group_members
+from dtm_triton.kernels.groups import group_members, merge
 from dtm_triton.kernels.stream_iteration import Rule, run_iteration
 from dtm_triton.kernels.stream_place import follow_kernel
-from dtm_triton.kernels.tables import family
-
-LEAST_THRESHOLD = -2.0
-"""Below every cosine, and above what a similarity that is not a number counts as."""
 
 FOLLOW_BLOCK = 1024
 """Tokens of a program that lets them follow their slots."""
@@ -75,7 +70,7 @@ def stream_match(
             num_protected=num_protected,
             random_split=random_split,
             keep_order=keep_order,
-            threshold=None if threshold is None else max(float(threshold), LEAST_THRESHOLD),
+            threshold=None if threshold is None else max(float(threshold), settings.LEAST_THRESHOLD),
         )
         for first in range(0, batch, images):
             part = slice(first, first + images)
@@ -118,7 +113,8 @@ def _match_images(
         torch.empty((tasks, *features.shape[1:]), dtype=torch.float32, device=index.device) for _ in range(2)
     )
     for schedule in range(num_schedules):
-        _add_members(features, members[schedule], size[schedule], sums[schedule * images : (schedule + 1) * images])
+        part = sums[schedule * images : (schedule + 1) * images]
+        merge(features, members[schedule], size[schedule], "sum", out=part)
     for iteration in range(1, num_iterations):
         last = iteration + 1 == num_iterations
         run_iteration(sums, removed, seed, first_image, iteration, left, moves, rule)
@@ -126,7 +122,7 @@ def _match_images(
             size.zero_()
         _follow_slots(index, size, moved, last)
         if not last:
-            _add_members(sums, slots.flatten(0, 1), counts.flatten(0, 1), spare)
+            merge(sums, slots.flatten(0, 1), counts.flatten(0, 1), "sum", out=spare)
             sums, spare = spare, sums
     for schedule in range(num_schedules):
         members[schedule] = group_members(index[schedule], num_tokens)
@@ -146,32 +142,5 @@ def _follow_slots(index: Tensor, size: Tensor, moved: Tensor, count: bool) -> No
             COUNT=count,
             TOKENS=FOLLOW_BLOCK,
             num_warps=4,
-            enable_fp_fusion=True,
-        )
-
-
-def _add_members(x: Tensor, members: Tensor, size: Tensor, out: Tensor) -> None:
-    """The float32 sum of every group: x [B, N, C], members, size int32 [B, N] -> out [B, N, C], zero where none is."""
-    batch, num_tokens, num_channels = x.shape
-    tiles = settings.group_settings(num_tokens, num_tokens, num_channels, family(x.device))
-    grid = (batch, triton.cdiv(num_tokens, tiles.groups), triton.cdiv(num_channels, tiles.channels))
-    with torch.cuda.device_of(x):
-        merge_kernel[grid](
-            x=x,
-            members=members,
-            size=size,
-            merged=out,
-            num_tokens=num_tokens,
-            num_groups=num_tokens,
-            num_channels=num_channels,
-            stride_b=x.stride(0),
-            stride_n=x.stride(1),
-            stride_c=x.stride(2),
-            MODE="sum",
-            BLOCK=settings.EXTENT_BLOCK,
-            GROUPS=tiles.groups,
-            MEMBERS=tiles.members,
-            CHANNELS=tiles.channels,
-            num_warps=tiles.num_warps,
             enable_fp_fusion=True,
         )

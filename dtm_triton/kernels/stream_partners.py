@@ -154,7 +154,8 @@ def partner_kernel(
 ):
     """Each A-slot's best B-slot, the lowest on a tie, and the ordered key of their similarity times the A-slot's norm.
 
-    CHUNKS > 0 keeps the tile of A on chip, in that many parts. NORMS takes the norms of B from the tiles that go by.
+    WIDE > 0 keeps the tile of A on chip, in parts of WIDE and REST channels. NORMS takes the norms of B from the tiles
+    that go by.
     """
     task = tl.program_id(2)
     n = num_tokens if FIRST else tl.load(left + task)

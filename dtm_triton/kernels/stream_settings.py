@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dtm_triton.kernels.settings import next_power_of_two
+from dtm_triton.kernels.settings import list_slots, next_power_of_two
 from dtm_triton.kernels.tables import tuned
 
 STREAM_SCRATCH_BYTES = 256 * 2**20
@@ -65,7 +65,7 @@ def stream_bucket(num_tokens: int, num_channels: int, dtype: torch.dtype) -> str
     'n4096 c512 half'
     """
     width = "single" if dtype == torch.float32 else "half"
-    return f"n{_slots(num_tokens)} c{max(16, next_power_of_two(num_channels))} {width}"
+    return f"n{list_slots(num_tokens)} c{max(16, next_power_of_two(num_channels))} {width}"
 
 
 def stream_settings(num_tokens: int, num_channels: int, dtype: torch.dtype, family: str) -> StreamSettings:
@@ -74,7 +74,7 @@ def stream_settings(num_tokens: int, num_channels: int, dtype: torch.dtype, fami
     >>> stream_settings(4096, 320, torch.bfloat16, "sm_90").resident
     True
     """
-    slots = _slots(num_tokens)
+    slots = list_slots(num_tokens)
     few = slots <= 1024
     single = dtype == torch.float32
     resident = not single and not few and num_channels <= RESIDENT_CHANNELS and family in RESIDENT_FAMILIES
@@ -101,7 +101,3 @@ def resident_parts(num_channels: int) -> tuple[int, int]:
     """
     wide = max(16, next_power_of_two(num_channels + 1) // 2)
     return wide, max(16, next_power_of_two(num_channels - wide)) if num_channels > wide else 0
-
-
-def _slots(num_tokens: int) -> int:
-    return max(64, next_power_of_two(num_tokens))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtm_triton.kernels import stream_settings
 from dtm_triton.kernels.recording import recording
 from dtm_triton.kernels.stream_match import stream_match
+from dtm_triton.measure.timing import peak_bytes
 
 PLAIN: dict[str, Any] = dict(num_protected=0, random_split=False, keep_order=False, threshold=None)
 ALL = PLAIN | {"random_split": True, "threshold": 0.5}
@@ -79,11 +78,5 @@ def test_peak_of_a_real_run() -> None:
     """What PyTorch's allocator itself saw, kernels included."""
     features = torch.randn(1, 1300, 4, generator=torch.Generator().manual_seed(0))
     removed, seed = torch.tensor([[300]], dtype=torch.int32), torch.tensor([0])
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stream_match(features, removed, seed, **PLAIN)
-    events = sorted(
-        (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"),  # type: ignore[union-attr]
-        key=lambda e: e.start_ns(),
-    )
-    peak = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    peak = peak_bytes(lambda: stream_match(features, removed, seed, **PLAIN), features.device)
     assert 3 * 4 * 1300 < peak < 100 * 1300 < 1300**2 / 8
