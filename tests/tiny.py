@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dtm_triton.train import recipes
 from dtm_triton.train.build import ConvTargets, build_draws, build_student
-from dtm_triton.train.checkpoint import load_newest
 from dtm_triton.train.config import OptimizerConfig, PretrainConfig, StudentConfig, TeacherConfig, to_json
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.objectives import Pretraining
-from dtm_triton.train.teacher import ConvTeacher
+from dtm_triton.train.engine.checkpoint import load_newest
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.models.teacher import ConvTeacher
+from dtm_triton.train.objectives.pretraining import Pretraining
 
 STUDENT = StudentConfig(
     model="vit_tiny_patch16_224",

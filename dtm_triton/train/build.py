@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dtm_triton.masking import block_masks, random_masks
-from dtm_triton.train.checkpoint import load_newest
 from dtm_triton.train.config import (
     DataConfig,
     MaskConfig,
@@ -25,14 +24,15 @@ from dtm_triton.train.config import (
     TeacherConfig,
     to_json,
 )
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import Draw, fold
-from dtm_triton.train.images import open_images
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.objectives import Supervised
-from dtm_triton.train.run_folder import read_finished, write_finished
-from dtm_triton.train.student import MaskedStudent
-from dtm_triton.train.teacher import ConvTeacher, build_teacher
+from dtm_triton.train.data.draws import Draw, fold
+from dtm_triton.train.data.images import open_images
+from dtm_triton.train.engine.checkpoint import load_newest
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.run_folder import read_finished, write_finished
+from dtm_triton.train.models.student import MaskedStudent
+from dtm_triton.train.models.teacher import ConvTeacher, build_teacher
+from dtm_triton.train.objectives.supervised import Supervised
 
 STUDENT_STD = 0.02  # what MaskedStudent starts from
 CONV_BATCH = 64  # images a step of the "conv" teacher

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
-from dtm_triton.train.distributed import Processes, join_processes
-from dtm_triton.train.stop import Stopped
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.engine.distributed import Processes, join_processes
+from dtm_triton.train.engine.stop import Stopped
 
 Config = TypeVar("Config", PretrainConfig, FinetuneConfig, ProbeConfig)
 

@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from dtm_triton.train import recipes
-from dtm_triton.train.augment import Normalise
 from dtm_triton.train.build import build_student, build_targets
-from dtm_triton.train.checkpoint import write_atomically
 from dtm_triton.train.command_line import run_command
 from dtm_triton.train.config import PretrainConfig
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import fold
+from dtm_triton.train.data.augment import Normalise
+from dtm_triton.train.data.draws import fold
+from dtm_triton.train.engine.checkpoint import write_atomically
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.run_folder import refuse_changes
 from dtm_triton.train.pretrain import pretrain, resolve
 from dtm_triton.train.probe import Metrics, exported_features, probe
-from dtm_triton.train.run_folder import refuse_changes
 from dtm_triton.train.side_by_side import die_with_parent, run_side_by_side
 
 HELD_OUT = 360  # digits

@@ -16,13 +16,13 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import build_student
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import FinetuneConfig, to_json
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import fold
-from dtm_triton.train.images import open_images
-from dtm_triton.train.logbook import Metrics, read_metrics
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.objectives import Supervised
-from dtm_triton.train.run_folder import read_finished, write_finished
+from dtm_triton.train.data.draws import fold
+from dtm_triton.train.data.images import open_images
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.logbook import Metrics, read_metrics
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.run_folder import read_finished, write_finished
+from dtm_triton.train.objectives.supervised import Supervised
 from dtm_triton.visualize import draw_curves
 
 

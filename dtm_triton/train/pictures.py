@@ -6,9 +6,9 @@ import torch
 
 from dtm_triton import morph
 from dtm_triton.train.config import PretrainConfig
-from dtm_triton.train.data import Batch
-from dtm_triton.train.logbook import read_metrics
-from dtm_triton.train.objectives import Pretraining
+from dtm_triton.train.data.batches import Batch
+from dtm_triton.train.engine.logbook import read_metrics
+from dtm_triton.train.objectives.pretraining import Pretraining
 from dtm_triton.visualize import draw_curves, draw_groups, draw_masks
 
 SHOWN = 6  # images

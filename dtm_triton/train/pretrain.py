@@ -17,14 +17,14 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import build_draws, build_student, build_targets
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import PretrainConfig, to_json
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import fold
-from dtm_triton.train.export import export_student
-from dtm_triton.train.logbook import Metrics
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.objectives import Pretraining
+from dtm_triton.train.data.draws import fold
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.logbook import Metrics
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.run_folder import read_finished, write_finished
+from dtm_triton.train.models.export import export_student
+from dtm_triton.train.objectives.pretraining import Pretraining
 from dtm_triton.train.pictures import draw_run
-from dtm_triton.train.run_folder import read_finished, write_finished
 
 
 def resolve(config: PretrainConfig) -> str:

@@ -14,16 +14,16 @@ if not __package__:  # run as a script: import the package from this checkout, a
 from torch import Tensor
 
 from dtm_triton.train import recipes
-from dtm_triton.train.augment import Normalise
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import DataConfig, ProbeConfig
-from dtm_triton.train.data import EvaluationBatches, evaluation_loader
-from dtm_triton.train.distributed import Processes
+from dtm_triton.train.data.augment import Normalise
+from dtm_triton.train.data.batches import EvaluationBatches, evaluation_loader
+from dtm_triton.train.data.images import open_images
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.evaluate import knn_accuracy, linear_probe_accuracy
-from dtm_triton.train.export import load_exported
-from dtm_triton.train.images import open_images
-from dtm_triton.train.objectives import gather_features
+from dtm_triton.train.models.export import load_exported
+from dtm_triton.train.objectives.objective import gather_features
 
 Metrics = dict[str, float]
 

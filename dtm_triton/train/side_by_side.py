@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dtm_triton.train.checkpoint import FolderError
+from dtm_triton.train.engine.checkpoint import FolderError
 
 LIFELINE = "DTM_TRITON_LIFELINE"  # environment variable: a pipe that reads as ended when the parent is gone
 PROGRESS = re.compile(r"(.+?)  step (\d+)/(\d+)  (loss .*)  \S+ s left")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtm_triton.train.beside import Beside
+from dtm_triton.train.engine.beside import Beside
 
 
 class Stream:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtm_triton.train.checkpoint import (
+from dtm_triton.train.engine.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_newest,
@@ -93,7 +93,7 @@ SAVER = """
 import sys
 from pathlib import Path
 import torch
-from dtm_triton.train.checkpoint import load_newest, save_checkpoint
+from dtm_triton.train.engine.checkpoint import load_newest, save_checkpoint
 found = load_newest(Path(sys.argv[1]), print)
 step = found["step"] if found else 0
 print("ready", flush=True)

@@ -23,11 +23,11 @@ from tiny import STUDENT, tiny_config
 from dtm_triton.train import finetune as finetune_command
 from dtm_triton.train import pretrain as pretrain_command
 from dtm_triton.train import probe as probe_command
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.config import OptimizerConfig, to_json
-from dtm_triton.train.distributed import Processes
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.logbook import read_metrics
 from dtm_triton.train.finetune import finetune
-from dtm_triton.train.logbook import read_metrics
 from dtm_triton.train.pretrain import pretrain
 from dtm_triton.train.probe import exported_features, probe
 from dtm_triton.train.recipes import finetune_demo

@@ -22,7 +22,7 @@ from dtm_triton.train.config import (
     TeacherConfig,
     to_json,
 )
-from dtm_triton.train.run_folder import differences, refuse_changes
+from dtm_triton.train.engine.run_folder import differences, refuse_changes
 
 EVERY = {**recipes.PRETRAIN, **recipes.FINETUNE, **recipes.PROBE}
 

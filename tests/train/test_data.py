@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from dtm_triton.masking import random_masks
-from dtm_triton.train.augment import augment
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.config import DataConfig, RunConfig
-from dtm_triton.train.data import EvaluationBatches, MicroBatches, evaluation_loader, training_loader
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import draw_images, fold
-from dtm_triton.train.images import Digits, ImageFolder, open_images
+from dtm_triton.train.data.augment import augment
+from dtm_triton.train.data.batches import EvaluationBatches, MicroBatches, evaluation_loader, training_loader
+from dtm_triton.train.data.draws import draw_images, fold
+from dtm_triton.train.data.images import Digits, ImageFolder, open_images
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.recipes import digits
 
 DATA = replace(digits(), flip=True, colour_jitter=0.4)

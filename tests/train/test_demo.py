@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from dtm_triton.train import demo as demo_command
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.demo import Demo, describe, run_demo
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.logbook import read_metrics
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.logbook import read_metrics
+from dtm_triton.train.engine.run_folder import hold_folder
 from dtm_triton.train.pretrain import pretrain
-from dtm_triton.train.run_folder import hold_folder
 from dtm_triton.train.side_by_side import run_side_by_side
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dtm_triton import __version__
-from dtm_triton.train.export import export_student, load_exported
-from dtm_triton.train.student import MaskedStudent
+from dtm_triton.train.models.export import export_student, load_exported
+from dtm_triton.train.models.student import MaskedStudent
 
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"reg_tokens": 2}),

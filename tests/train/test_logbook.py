@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dtm_triton.train.logbook import Logbook, read_metrics
+from dtm_triton.train.engine.logbook import Logbook, read_metrics
 from dtm_triton.train.side_by_side import PROGRESS
 
 METRICS = {"loss": 0.25, "images_per_second": 1234.4}

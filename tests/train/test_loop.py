@@ -15,10 +15,10 @@ import torch
 from tiny import assert_same_bits, final_state, tiny_config, tiny_trainer
 from torch import Tensor
 
-from dtm_triton.train.checkpoint import FolderError, load_checkpoint, saved_steps
-from dtm_triton.train.logbook import read_metrics
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.stop import Stopped, StopRequest
+from dtm_triton.train.engine.checkpoint import FolderError, load_checkpoint, saved_steps
+from dtm_triton.train.engine.logbook import read_metrics
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.stop import Stopped, StopRequest
 
 TOTAL = 22  # steps of a tiny run
 
@@ -178,7 +178,7 @@ def test_changed_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_changed_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_trainer(tiny_config(tmp_path, epochs=1)).fit()
-    monkeypatch.setattr("dtm_triton.train.images.Digits.fingerprint", property(lambda self: "7 digits"))
+    monkeypatch.setattr("dtm_triton.train.data.images.Digits.fingerprint", property(lambda self: "7 digits"))
     with pytest.raises(FolderError, match="data must be the 1437 digits that the run began with, got 7 digits"):
         tiny_trainer(tiny_config(tmp_path, epochs=1))
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtm_triton.morph import MorphSchedule, dtm_loss
-from dtm_triton.train.augment import augment
 from dtm_triton.train.build import ConvTargets, build_student
 from dtm_triton.train.config import PretrainConfig
-from dtm_triton.train.draws import fold
-from dtm_triton.train.loop import Trainer
-from dtm_triton.train.objectives import Supervised
-from dtm_triton.train.optimizer import build_optimizer
-from dtm_triton.train.teacher import ConvTeacher
+from dtm_triton.train.data.augment import augment
+from dtm_triton.train.data.draws import fold
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.optimizer import build_optimizer
+from dtm_triton.train.models.teacher import ConvTeacher
+from dtm_triton.train.objectives.supervised import Supervised
 
 
 def config(folder: Path, **loss: Any) -> PretrainConfig:

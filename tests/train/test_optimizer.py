@@ -12,10 +12,16 @@ from torch import nn
 
 from dtm_triton.train.build import build_student
 from dtm_triton.train.config import OptimizerConfig
-from dtm_triton.train.objectives import Supervised
-from dtm_triton.train.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate, parameter_groups
+from dtm_triton.train.engine.optimizer import (
+    build_optimizer,
+    clip_gradient,
+    guarded_step,
+    learning_rate,
+    parameter_groups,
+)
+from dtm_triton.train.models.student import MaskedStudent
+from dtm_triton.train.objectives.supervised import Supervised
 from dtm_triton.train.recipes import digits, digits_student
-from dtm_triton.train.student import MaskedStudent
 
 CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.05)
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from dtm_triton.train.student import MaskedStudent
+from dtm_triton.train.models.student import MaskedStudent
 
 SHARED_BIAS = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
 FAMILIES = {

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from dtm_triton.train.teacher import ConvTeacher, build_teacher
+from dtm_triton.train.models.teacher import ConvTeacher, build_teacher
 
 CLIP = "vit_base_patch16_clip_quickgelu_224.openai"
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "img_size": 32, "num_classes": 8}

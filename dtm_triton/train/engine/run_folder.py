@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtm_triton.train.checkpoint import FolderError, write_atomically
+from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
 
 # these may change when a run goes on: they touch neither a weight nor a result
 FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "data.workers"}

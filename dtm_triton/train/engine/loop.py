@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dtm_triton.train.checkpoint import CheckpointError, FolderError, load_newest, save_checkpoint
 from dtm_triton.train.config import DataConfig, OptimizerConfig, RunConfig
-from dtm_triton.train.data import Batch, EvaluationBatches, MicroBatches, evaluation_loader, training_loader
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import Draw, fold
-from dtm_triton.train.images import open_images
-from dtm_triton.train.logbook import Logbook, Metrics
-from dtm_triton.train.objectives import Objective
-from dtm_triton.train.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
-from dtm_triton.train.run_folder import hold_folder, refuse_changes, write_config
-from dtm_triton.train.stop import Stopped, StopRequest
+from dtm_triton.train.data.batches import Batch, EvaluationBatches, MicroBatches, evaluation_loader, training_loader
+from dtm_triton.train.data.draws import Draw, fold
+from dtm_triton.train.data.images import open_images
+from dtm_triton.train.engine.checkpoint import CheckpointError, FolderError, load_newest, save_checkpoint
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.logbook import Logbook, Metrics
+from dtm_triton.train.engine.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
+from dtm_triton.train.engine.run_folder import hold_folder, refuse_changes, write_config
+from dtm_triton.train.engine.stop import Stopped, StopRequest
+from dtm_triton.train.objectives.objective import Objective
 
 TRAIN_SHARE = 20_000  # training images an evaluation looks at, at most
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtm_triton import __version__
-from dtm_triton.train.student import MaskedStudent
+from dtm_triton.train.models.student import MaskedStudent
 
 # of timm's description of its own weights, what stays true of ours
 KEPT_SETTINGS = ("mean", "std", "interpolation", "first_conv", "classifier", "fixed_input_size")

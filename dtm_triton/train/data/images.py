@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dtm_triton.train.checkpoint import FolderError
 from dtm_triton.train.config import DataConfig
+from dtm_triton.train.engine.checkpoint import FolderError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 EVALUATION_SHARE = 0.875  # side of the centre crop over the shorter side, as is usual on ImageNet

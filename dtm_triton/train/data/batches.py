@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dtm_triton.train.config import DataConfig, RunConfig
-from dtm_triton.train.distributed import Processes
-from dtm_triton.train.draws import Draw, draw_images, fold
-from dtm_triton.train.images import Images
+from dtm_triton.train.data.draws import Draw, draw_images, fold
+from dtm_triton.train.data.images import Images
+from dtm_triton.train.engine.distributed import Processes
 
 Batch = dict[str, Tensor]
 GRACE = 10  # seconds that a worker lives on after SIGTERM

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dtm_triton.train.checkpoint import write_atomically
+from dtm_triton.train.engine.checkpoint import write_atomically
 
 Metrics = dict[str, float]
 

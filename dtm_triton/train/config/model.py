@@ -1,0 +1,101 @@
+"""Configuration of what is trained: student, teacher, masks, loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dtm_triton.losses import LossKind
+from dtm_triton.matching import Split
+from dtm_triton.train.config.checks import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The Vision Transformer that is trained."""
+
+    model: str
+    """Name of a timm model: a plain VisionTransformer, Beit or Eva."""
+    patch_size: int
+    """Pixels a side."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block."""
+    init_std: float = 0.02
+    """Deviation of the truncated normal that weights start from; a narrow model needs a larger one."""
+    model_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further arguments of the timm model, for example embed_dim 96 depth 4."""
+    weights: Path | None = None
+    """Start from these: what a pre-training run exported (RUN/student), or random weights when not given."""
+
+    def __post_init__(self) -> None:
+        check("student.patch_size", self.patch_size, self.patch_size >= 1, "positive")
+        check("student.drop_path", self.drop_path, 0 <= self.drop_path < 1, "in 0..1")
+        check("student.init_std", self.init_std, self.init_std > 0, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen network whose tokens are the targets."""
+
+    kind: Literal["timm", "conv"]
+    """"timm": a pre-trained timm model; "conv": a small convolutional network trained on the spot, with labels."""
+    model: str = ""
+    """Name of the timm model."""
+    weights: Path | None = None
+    """Its weights, a file or folder; by default timm's hub cache. For "conv" the folder of its run."""
+    project: bool = False
+    """Apply the model's head to every token (CLIP's projection)."""
+    statistics: Literal["own", "imagenet"] = "own"
+    """Normalise its input as the model was trained ("own"), or with ImageNet's mean and deviation."""
+    features: int = 64
+    """Width of the "conv" teacher's tokens."""
+    epochs: int = 12
+    """Training of the "conv" teacher."""
+
+    def __post_init__(self) -> None:
+        check("teacher.model", self.model, self.kind == "conv" or bool(self.model), 'given for kind "timm"')
+        check("teacher.features", self.features, self.features >= 1, "positive")
+        check("teacher.epochs", self.epochs, self.epochs >= 1, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches the student does not see."""
+
+    kind: Literal["random", "block"]
+    """"random" patches, or BEiT's rectangles ("block")."""
+    masked: int
+    """Patches masked in every image."""
+    min_patches: int = 16
+    """Smallest rectangle of "block"."""
+
+    def __post_init__(self) -> None:
+        check("mask.masked", self.masked, self.masked >= 0, "0 or more")
+        check("mask.min_patches", self.min_patches, self.min_patches >= 1, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Dynamic Token Morphing, or token-wise targets. Fields as in `dtm_triton.morph.DTMLoss`."""
+
+    morph: bool = True
+    """False: every token is compared with its own target, nothing is morphed."""
+    num_schedules: int = 2
+    """Schedules a step."""
+    max_removed: int = 196
+    """Most tokens that a schedule removes."""
+    max_iterations: int = 14
+    """Most iterations of a schedule."""
+    kind: LossKind = "smooth_l1"
+    """Distance between tokens."""
+    beta: float = 2.0
+    """Where smooth_l1 turns from quadratic to linear."""
+    normalize_target: bool = False
+    """Standardise every morphed target token over its channels."""
+    num_protected: int = 0
+    """1: the first patch never merges, as in the released program."""
+    split: Split = "alternating"
+    """How matching halves the tokens. A "random" half depends on an image's place in its micro-batch."""
+    shared_schedules: bool = False
+    """All processes draw the same schedules. By default each draws its own, as the method does."""

@@ -1,0 +1,44 @@
+"""Objectives: modules that turn a batch into {"loss": ..., metrics}, and say how good the network has become.
+
+The loop knows nothing more about what is trained. An objective holds the network it trains as `network`; what begins
+with "teacher." is frozen and in no checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.evaluate import extract_features
+
+Loader = DataLoader[tuple[Tensor, Tensor]]
+
+
+class Objective(nn.Module):
+    """What the loop asks of an objective."""
+
+    network: Any
+    """What is trained, an nn.Module."""
+    judged_by: str
+    """The metric of `evaluate` that decides which checkpoint is best; higher is better."""
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": scalar, further scalars} of a batch on the device."""
+        raise NotImplementedError
+
+    def seed_draws(self, seed: int, step: int, rank: int) -> None:
+        """Start the objective's own random numbers anew: called before every micro-batch, equal within a step."""
+
+    def evaluate(self, train: Loader, test: Loader, processes: Processes) -> dict[str, float]:
+        """Metrics on held-out images; every process holds a share of both loaders."""
+        raise NotImplementedError
+
+
+def gather_features(fn: Callable[[Tensor], Tensor], loader: Loader, processes: Processes) -> tuple[Tensor, Tensor]:
+    """`extract_features` of all processes' shares, in every process."""
+    features, labels = extract_features(fn, loader, processes.device)
+    return processes.gather_rows(features), processes.gather_rows(labels)
