@@ -1,1 +1,1 @@
-"""Measuring: cases, a correctness gate, timing, and the programs dtm-bench and dtm-tune. Training does not use this."""
+"""Measuring: cases, a correctness gate, timing, and the programs dtm-bench and dtm-tune. Knows nothing of training."""
