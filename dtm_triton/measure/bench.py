@@ -17,11 +17,12 @@ import torch
 
 from dtm_triton.measure.cases import cpu_cases, gpu_cases
 from dtm_triton.measure.plot import draw
-from dtm_triton.measure.record import Record, read_all
+from dtm_triton.measure.record import read_all
 from dtm_triton.measure.released import NotReleased, load
 from dtm_triton.measure.render import Places, cases_table, checkout_places, folder_places, render
 from dtm_triton.measure.selection import add_case_arguments, chosen_cases
 from dtm_triton.measure.sweep import GateFailed, Sweep
+from dtm_triton.measure.tables import aligned
 
 COMPILE_SECONDS = 20.0
 """A baseline that takes longer to compile is left out, and the table says so."""
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"dtm-bench: {error}")
     except GateFailed as failures:
         sys.exit(f"dtm-bench: wrong results, so nothing was measured:\n{failures}")
-    sys.stdout.write(f"\n{readable(record)}\n")
+    sys.stdout.write(f"\n{aligned(cases_table(record))}\n")
     if arguments.data or (cases == usual and not arguments.quick):
         sys.stdout.write(f"\nwrote {record.write(places.data)}\n")
         write_page(places)
@@ -73,14 +74,6 @@ def write_page(places: Places) -> None:
             sys.stdout.write("Matplotlib is not installed: no picture\n")
     places.page.write_text(render(places))
     sys.stdout.write(f"wrote {places.page}\n")
-
-
-def readable(record: Record) -> str:
-    """The table of cases with columns aligned, for a terminal."""
-    lines = [line.strip("|").split("|") for line in cases_table(record).splitlines() if not line.startswith("|---")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,14 +7,15 @@ which both sides take through the dense source matrix. B images, N tokens, C cha
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dtm_triton.dtm import DTMLoss
 from dtm_triton.measure.cases import Case, Inputs
 
 FILES = {"tome": "tome/merge.py", "dtm": "bm/merge.py"}
@@ -82,6 +83,38 @@ def released_call(program: str, module: ModuleType, case: Case, inputs: Inputs) 
         return value, *torch.autograd.grad(value, inputs.outputs, inputs.grad.to(value.dtype))  # type: ignore[union-attr]
 
     return loss
+
+
+class ReleasedLoss(nn.Module):
+    """Takes the place of a `DTMLoss` in training: the same draws, the released DTM's matching, dense products.
+
+    ours: settings and draws are its own. module: what `load("dtm", checkout)` gave.
+    Raises ValueError for settings that this stands for nothing of: only smooth_l1 between plain targets.
+    """
+
+    def __init__(self, ours: DTMLoss, module: ModuleType) -> None:
+        super().__init__()
+        if ours.kind != "smooth_l1" or ours.normalize_target or ours.split != "alternating":
+            raise ValueError(f"ours must be smooth_l1 between plain targets, alternating split, got {ours!r}")
+        self.ours, self.module = ours, module
+
+    def manual_seed(self, seed: int) -> ReleasedLoss:
+        """Start the draw anew from `seed`; returns the module."""
+        self.ours.manual_seed(seed)
+        return self
+
+    def match(self, targets: Tensor) -> list[Tensor]:
+        """Draw schedules, and which tokens each group holds [B, G, N] for each, from targets [B, N, C]."""
+        schedules = [tuple(filter(None, row)) for row in self.ours.draw(targets.shape[1]).tolist()]
+        return [_source(self.module, targets.detach(), row, self.ours.num_protected > 0) for row in schedules]
+
+    def forward(self, outputs: Tensor, targets: Tensor, matching: Sequence[Tensor]) -> Tensor:
+        """The mean over `matching`, what `match(targets)` gave, of the distance between morphed tokens."""
+        losses = [
+            F.smooth_l1_loss(_morph(source, outputs), _morph(source, targets), beta=self.ours.beta)
+            for source in matching
+        ]
+        return torch.stack(losses).mean()
 
 
 def _source(module: ModuleType, features: Tensor, schedule: tuple[int, ...], protected: bool) -> Tensor:

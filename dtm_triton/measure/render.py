@@ -13,6 +13,8 @@ from dtm_triton.measure.ceilings import Ceilings
 from dtm_triton.measure.estimate import ASSUMED, ASSUMED_DEVICE, estimate
 from dtm_triton.measure.machine import ROOT
 from dtm_triton.measure.record import Record, Row, read_all
+from dtm_triton.measure.render_training import training_parts
+from dtm_triton.measure.tables import number, table
 from dtm_triton.measure.timing import Timing
 
 RESOURCES = ROOT / "tests" / "kernels" / "resources.json"
@@ -51,41 +53,18 @@ def render(places: Places) -> str:
     parts = [
         "# Benchmarks",
         "Rendered by `python kernels/bench.py`, which measures, or `python kernels/bench.py --render`, which does not, "
-        "from one data file for each machine. No measured figure is typed by hand; what the method's prose estimates, "
-        "it calls so.",
+        "from the data files of every machine; `python train/bench.py` and `python train/loader_bench.py` write those "
+        "on training and loading. No measured figure is typed by hand; what the method's prose estimates, it calls so.",
     ]
     for record in records:
         parts += _machine(record, places)
     if not any(record.machine["kind"] == "gpu" for record in records):
         parts += _estimates()
+    parts += training_parts(places.data)
     parts += _resources(RESOURCES)
     if METHOD.exists():
         parts.append(METHOD.read_text().strip())
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table.
-
-    >>> print(table(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float) -> str:
-    """Three significant digits, at most five decimals, never in powers of ten.
-
-    >>> number(0.012345), number(1234.5), number(98.76), number(0.000012345)
-    ('0.0123', '1234', '98.8', '0.00001')
-    """
-    if value == 0 or abs(value) >= 100:
-        return f"{value:.0f}"
-    exponent = int(f"{value:e}".split("e")[1])
-    return f"{value:.{min(max(0, 2 - exponent), 5)}f}"
 
 
 def _machine(record: Record, places: Places) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from dtm_triton import portable, reference
 from dtm_triton.measure import bench, ceilings, gate, machine, sweep
 from dtm_triton.measure.cases import OPS, Case
-from dtm_triton.measure.record import read_all
+from dtm_triton.measure.record import Record, read_all
 from dtm_triton.measure.released import FILES
 
 TINY = [
@@ -78,7 +78,7 @@ def test_a_part_is_printed_but_not_written(monkeypatch: pytest.MonkeyPatch, caps
         raise AssertionError("wrote into the checkout")
 
     monkeypatch.setattr(bench, "write_page", refuse)
-    monkeypatch.setattr(bench.Record, "write", refuse)
+    monkeypatch.setattr(Record, "write", refuse)
     run("--only", "unmerge")
     printed = capsys.readouterr().out
     assert "unmerge 2x16x8" in printed and "morph 2x16x8" not in printed

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dtm_triton.dtm import DTMLoss
 from dtm_triton.measure import released
 from dtm_triton.measure.baselines import build_call
 from dtm_triton.measure.cases import Case, call, make_inputs
@@ -79,3 +80,26 @@ def test_a_file_that_does_not_import_says_why(checkout: Path) -> None:
     (checkout / released.FILES["dtm"]).write_text("import a_package_that_is_not_there")
     with pytest.raises(released.NotReleased, match="cannot be imported: ModuleNotFoundError"):
         released.load("dtm", checkout)
+
+
+@pytest.mark.parametrize("num_protected", [0, 1])
+def test_the_released_loss_takes_the_place_of_ours(checkout: Path, num_protected: int) -> None:
+    """The same draws, groups, loss and gradient: then a step's time differs by the operations alone."""
+    ours = DTMLoss(max_removed=12, max_iterations=4, num_protected=num_protected)
+    theirs = released.ReleasedLoss(ours, released.load("dtm", checkout))
+    targets = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    results = []
+    for loss in (ours, theirs):
+        outputs = torch.zeros_like(targets).requires_grad_()
+        loss.manual_seed(3)
+        value = loss(outputs, targets, loss.match(targets))
+        results.append((value.detach(), *torch.autograd.grad(value, outputs)))
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0][0] > 0 and not torch.equal(ours.draw(16), ours.manual_seed(3).draw(16)), "draws move on"
+
+
+def test_the_released_loss_says_what_it_is_not_for(checkout: Path) -> None:
+    module = released.load("dtm", checkout)
+    for settings in ({"kind": "cosine"}, {"normalize_target": True}, {"split": "random"}):
+        with pytest.raises(ValueError, match="ours must be smooth_l1"):
+            released.ReleasedLoss(DTMLoss(**settings), module)
