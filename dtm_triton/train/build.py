@@ -1,170 +1,132 @@
-"""From configurations to modules: the student, the teacher, the masks."""
+"""From configurations to modules: the student, the teacher, the objective."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from timm.models import load_state_dict
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dtm_triton.masking import block_masks, random_masks
-from dtm_triton.train.config import (
-    DataConfig,
-    MaskConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    to_json,
-)
-from dtm_triton.train.data.draws import Draw, fold
-from dtm_triton.train.data.images import open_images
-from dtm_triton.train.engine.checkpoint import load_newest
+from dtm_triton.train.config import DataConfig, PretrainConfig, StudentConfig
+from dtm_triton.train.conv_teacher import train_conv_teacher
+from dtm_triton.train.data.draws import fold
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
-from dtm_triton.train.engine.loop import Trainer
-from dtm_triton.train.engine.run_folder import read_finished, write_finished
-from dtm_triton.train.models.student import MaskedStudent
-from dtm_triton.train.models.teacher import ConvTeacher, build_teacher
-from dtm_triton.train.objectives.supervised import Supervised
+from dtm_triton.train.models.autoencoder import MaskedAutoencoder
+from dtm_triton.train.models.encoder import Encoder
+from dtm_triton.train.models.student import CodeStudent, MaskedStudent, ProjectedStudent
+from dtm_triton.train.models.targets import ConvTargets, HogTargets, PixelTargets
+from dtm_triton.train.models.teacher import NoWeightsError, build_teacher
+from dtm_triton.train.objectives.beit_v2 import BeitV2
+from dtm_triton.train.objectives.byol import Byol
+from dtm_triton.train.objectives.pretraining import Pretraining
+from dtm_triton.train.objectives.tokens import TokenObjective
 
-STUDENT_STD = 0.02  # what MaskedStudent starts from
-CONV_BATCH = 64  # images a step of the "conv" teacher
+STUDENT_STD = 0.02  # what an Encoder starts from
+
+Network = TypeVar("Network", bound=Encoder)
+
+
+def build_objective(config: PretrainConfig, processes: Processes) -> TokenObjective:
+    """What a pre-training run trains: teacher, network and objective, everything drawn from the run's seed.
+
+    Raises FolderError for weights that are missing or do not fit, naming the field, and as `Trainer` does.
+    """
+    return assemble(config, build_targets(config, processes))
+
+
+def assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
+    """The objective on a teacher, images in 0..1 -> [B, N, out_features] with that attribute; None for "ema"."""
+    torch.manual_seed(fold(config.run.seed, "weights"))
+    student, data, width = config.student, config.data, getattr(teacher, "out_features", None)
+    if config.method == "beit_v2":
+        coder = build_network(CodeStudent, student, data, out_features=config.codebook.codes)
+        return BeitV2(coder, teacher, config, teacher.out_features)
+    if config.method == "byol":
+        heads = config.projector
+        return Byol(
+            build_network(ProjectedStudent, student, data, hidden=heads.hidden, out_features=heads.features), config
+        )
+    if config.method == "mae":
+        decoder = dict(width=config.decoder.width, depth=config.decoder.depth, heads=config.decoder.heads)
+        masked = config.mask.masked
+        network = build_network(MaskedAutoencoder, student, data, masked=masked, out_features=width, **decoder)
+        return Pretraining(network, teacher, config)
+    return Pretraining(build_network(MaskedStudent, student, data, out_features=width), teacher, config)
 
 
 def build_student(config: StudentConfig, data: DataConfig, out_features: int) -> MaskedStudent:
-    """The student with random weights, or with those of `config.weights`.
+    """The student with a linear head, as `build_network`."""
+    return build_network(MaskedStudent, config, data, out_features=out_features)
 
-    Raises FileNotFoundError for missing weights, RuntimeError for ones that do not fit.
+
+def build_network(kind: type[Network], config: StudentConfig, data: DataConfig, **head: Any) -> Network:
+    """A network with random weights, or with those of `config.weights` in its backbone.
+
+    Raises FolderError for a model that cannot be built and for weights that do not fit, FileNotFoundError for none.
     """
-    student = MaskedStudent(
-        config.model,
-        out_features=out_features,
-        image_size=data.image_size,
-        patch_size=config.patch_size,
-        in_chans=data.channels,
-        drop_path=config.drop_path,
-        model_kwargs=config.model_kwargs,
-    )
+    with _named("student"):
+        network = kind(
+            config.model,
+            image_size=data.image_size,
+            patch_size=config.patch_size,
+            in_chans=data.channels,
+            drop_path=config.drop_path,
+            model_kwargs=config.model_kwargs,
+            **head,
+        )
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
+        for name, parameter in network.named_parameters():
             if parameter.ndim > 1 or name.endswith("_token"):  # what starts truncated-normal; tables of zeros stay
                 parameter.mul_(config.init_std / STUDENT_STD)
     if config.weights is not None:
         path = config.weights / "model.safetensors" if config.weights.is_dir() else config.weights
         if not path.is_file():
             raise FileNotFoundError(f"student.weights {str(path)!r} does not exist; pre-train first, or give None")
-        student.load_backbone_state_dict(load_state_dict(str(path), device="cpu", weights_only=True))
-    return student
-
-
-def build_draws(config: MaskConfig, grid: tuple[int, int]) -> dict[str, Draw]:
-    """What every image of a pre-training batch comes with: its mask."""
-    if config.kind == "random":
-        return {"mask": partial(random_masks, grid=grid, num_masked=config.masked)}
-    return {"mask": partial(block_masks, grid=grid, num_masked=config.masked, min_patches=config.min_patches)}
-
-
-def build_targets(config: PretrainConfig, processes: Processes) -> Any:
-    """The frozen teacher: images in 0..1 -> [B, N, out_features]. Trains the "conv" one, or goes on training it."""
-    teacher, patch = config.teacher, config.student.patch_size
-    if teacher.kind == "conv":
-        return ConvTargets(train_conv_teacher(config, processes))
-    height, width = config.data.image_size
-    return build_teacher(
-        teacher.model,
-        weights=teacher.weights,
-        project=teacher.project,
-        statistics=teacher.statistics,
-        grid=(height // patch, width // patch),
-    )
-
-
-class ConvTargets(nn.Module):
-    """The tokens of a trained ConvTeacher, each standardised over its channels as a ViT's final norm does."""
-
-    def __init__(self, network: ConvTeacher) -> None:
-        super().__init__()
-        self.network, self.out_features, self.grid = network, network.out_features, network.grid
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Targets [B, N, C] for images [B, C, H, W] in 0..1."""
-        return F.layer_norm(self.network.tokens(images), (self.out_features,))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvRun:
-    """The resolved configuration of the "conv" teacher's own run."""
-
-    data: DataConfig
-    teacher: TeacherConfig
-    patch_size: int
-    optimizer: OptimizerConfig
-    run: RunConfig
-
-
-def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeacher:
-    """The convolutional teacher, trained on the labels in `config.teacher.weights`, by default RUN/teacher.
-
-    Raises as `Trainer` does.
-    """
-    folder = config.teacher.weights or config.run.folder / "teacher"
-    images = open_images(config.data, "train")
-    assert images is not None
-    torch.manual_seed(fold(config.run.seed, "teacher weights"))
-    network = ConvTeacher(
-        config.data.image_size,
-        config.student.patch_size,
-        in_chans=config.data.channels,
-        num_classes=images.num_classes,
-        out_features=config.teacher.features,
-    )
-    batch_size = min(CONV_BATCH, len(images.labels))
-    own = ConvRun(
-        data=config.data,
-        teacher=replace(config.teacher, weights=None),  # wherever it lies
-        patch_size=config.student.patch_size,
-        optimizer=OptimizerConfig(lr=4e-3, warmup_epochs=1, weight_decay=0.02),
-        run=replace(
-            config.run,
-            folder=folder,
-            epochs=config.teacher.epochs,
-            evaluate_every=0,
-            accumulate=1,
-            batch_size=batch_size,
-        ),
-    )
-    resolved = to_json(own)
-    if read_finished(folder, resolved) is not None:
-        _load_network(network, folder)
-        return network
-    trainer = Trainer(
-        Supervised(network, own.data),
-        data=own.data,
-        optimizer=own.optimizer,
-        run=own.run,
-        processes=processes,
-        draws={},
-        resolved=resolved,
-        title="teacher",
-    )
-    results = trainer.fit()
-    if processes.first:
-        write_finished(folder, resolved, results)
-    if processes.count > 1:  # batch statistics are each process's own: take the first one's
-        processes.wait()
-        _load_network(network, folder)
+        try:
+            state = load_state_dict(str(path), device="cpu", weights_only=True)
+        except Exception as error:  # torch's, pickle's and safetensors' own kinds
+            raise FolderError(f"student.weights {str(path)!r} cannot be read as tensors only: {error}") from error
+        try:
+            network.load_backbone_state_dict(state)
+        except ValueError as misfit:
+            raise FolderError(f"student.weights {str(path)!r} do not fit: {misfit}") from misfit
     return network
 
 
-def _load_network(network: nn.Module, folder: Path) -> None:
-    state = load_newest(folder / "checkpoints", print)
-    assert state is not None
-    weights: Mapping[str, Tensor] = state["objective"]
-    network.load_state_dict({name.removeprefix("network."): weights[name] for name in weights})
+def build_targets(config: PretrainConfig, processes: Processes) -> Any:
+    """The frozen teacher: images in 0..1 -> [B, N, out_features]. Trains the "conv" one, or goes on training it.
+
+    None for "ema": the objective averages its network. Raises FolderError naming the field of the teacher.
+    """
+    teacher, data, patch = config.teacher, config.data, config.student.patch_size
+    if teacher.kind == "ema":
+        return None
+    if teacher.kind == "conv":
+        return ConvTargets(train_conv_teacher(config, processes))
+    if teacher.kind == "pixels":
+        return PixelTargets(data.image_size, patch, data.mean, data.std)
+    if teacher.kind == "hog":
+        return HogTargets(data.image_size, patch, data.channels)
+    height, width = data.image_size
+    with _named("teacher"):
+        return build_teacher(
+            teacher.model,
+            weights=teacher.weights,
+            project=teacher.project,
+            statistics=teacher.statistics,
+            grid=(height // patch, width // patch),
+            in_chans=data.channels,
+            model_kwargs=teacher.model_kwargs,
+        )
+
+
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """What a model or a file refuses, as a FolderError that names the field of the configuration."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NoWeightsError) as error:
+        raise FolderError(f"{section}.{error}") from error

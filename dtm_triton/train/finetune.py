@@ -46,7 +46,6 @@ def finetune(config: FinetuneConfig, processes: Processes, title: str = "fine-tu
         optimizer=config.optimizer,
         run=config.run,
         processes=processes,
-        draws={},
         resolved=resolved,
         title=title,
     )

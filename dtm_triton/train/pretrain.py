@@ -7,23 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: import the package from this checkout, and nothing from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-
 from dtm_triton.train import recipes
-from dtm_triton.train.build import build_draws, build_student, build_targets
+from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import PretrainConfig, to_json
-from dtm_triton.train.data.draws import fold
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
 from dtm_triton.train.models.export import export_student
-from dtm_triton.train.objectives.pretraining import Pretraining
 from dtm_triton.train.pictures import draw_run
 
 
@@ -38,31 +35,29 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
 
     Writes into `config.run.folder`: config.json, checkpoints/, metrics.jsonl, tensorboard/, and at the end student/
     (plain timm weights), curves.png, groups.png, masks.png and finished.json. A finished run returns at once.
-    Raises as `Trainer` does.
+    Raises as `build_objective` and `Trainer` do.
     """
     folder, resolved = config.run.folder, resolve(config)
     done = read_finished(folder, resolved)
     if done is not None:
         return done
-    teacher = build_targets(config, processes)
-    torch.manual_seed(fold(config.run.seed, "weights"))
-    student = build_student(config.student, config.data, teacher.out_features)
-    objective = Pretraining(student, teacher, config.data, config.loss)
+    objective = build_objective(config, processes)
     trainer = Trainer(
         objective,
         data=config.data,
         optimizer=config.optimizer,
         run=config.run,
         processes=processes,
-        draws=build_draws(config.mask, student.grid),
         resolved=resolved,
         title=title,
     )
     metrics = trainer.fit()
+    network: Any = trainer.whole_network()
     if processes.first:
         notes = {"recipe": config.run.folder.name, **metrics}
-        export_student(student, folder / "student", notes, mean=config.data.mean, std=config.data.std)
-        draw_run(config, objective, trainer.batches[0], processes.device)
+        export_student(network, folder / "student", notes, mean=config.data.mean, std=config.data.std)
+    draw_run(config, objective, trainer.batches[0], processes)
+    if processes.first:
         write_finished(folder, resolved, metrics)
     processes.wait()
     return metrics

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtm_triton.morph import MorphSchedule, dtm_loss
-from dtm_triton.train.build import ConvTargets, build_student
+from dtm_triton.train.build import build_student
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.optimizer import build_optimizer
+from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
 from dtm_triton.train.objectives.supervised import Supervised
 
@@ -31,7 +32,7 @@ def config(folder: Path, **loss: Any) -> PretrainConfig:
 def outputs_and_targets(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     objective: Any = trainer.objective
     images = augment(batch)
-    return objective.network((images - 0.3) / 0.5, batch["mask"]), objective.teacher(images)
+    return objective.network((images - 0.3) / 0.5, objective.masks(batch["mask"])), objective.teacher(images)
 
 
 def test_pretraining_is_the_librarys_loss_on_its_own_schedules(tmp_path: Path) -> None:

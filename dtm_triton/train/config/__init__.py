@@ -1,4 +1,4 @@
-"""Configuration: small frozen dataclasses. A recipe (recipes.py) is a function that returns one complete configuration.
+"""Configuration: small frozen dataclasses. A recipe (recipes/) is a function that returns one complete configuration.
 
 `to_json` is what lies beside the results.
 """
@@ -7,23 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dtm_triton.train.config.checks import check
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.config.model import LossConfig, MaskConfig, StudentConfig, TeacherConfig
+from dtm_triton.train.config.model import (
+    CodebookConfig,
+    DecoderConfig,
+    EmaConfig,
+    LossConfig,
+    MaskConfig,
+    ProjectorConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from dtm_triton.train.config.run import OptimizerConfig, RunConfig
 
 __all__ = [
+    "CodebookConfig",
     "DataConfig",
+    "DecoderConfig",
+    "EmaConfig",
     "FinetuneConfig",
     "LossConfig",
     "MaskConfig",
     "OptimizerConfig",
     "PretrainConfig",
     "ProbeConfig",
+    "ProjectorConfig",
     "RunConfig",
     "StudentConfig",
     "TeacherConfig",
@@ -42,14 +55,31 @@ class PretrainConfig:
     loss: LossConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    method: Literal["masked", "mae", "beit_v2", "byol"] = "masked"
+    """"masked": the student sees mask tokens and predicts targets, as DTM; "mae": it sees visible patches only and a
+    decoder predicts; "beit_v2": it predicts codes of the targets; "byol": two views, the average's projections."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     def __post_init__(self) -> None:
+        kind, method = self.teacher.kind, self.method
+        if method == "byol":
+            check("teacher.kind", kind, kind == "ema", '"ema" for method "byol"')
+        if method == "beit_v2":
+            check("teacher.kind", kind, kind in ("timm", "conv"), '"timm" or "conv" for method "beit_v2"')
         patches = 1
         for side in self.data.image_size:
             whole = side % self.student.patch_size == 0
             check("data.image_size", self.data.image_size, whole, f"multiples of patch {self.student.patch_size}")
             patches *= side // self.student.patch_size
-        check("mask.masked", self.mask.masked, self.mask.masked <= patches, f"at most {patches}, the patches")
+        masked = self.mask.masked
+        check("mask.masked", masked, masked <= patches, f"at most {patches}, the patches")
+        if self.loss.on == "masked" or method == "beit_v2":
+            check("mask.masked", masked, masked >= 1, "positive when only masked tokens are compared")
+        if method == "mae":
+            check("mask.masked", masked, masked < patches, f'below {patches}, the patches, for method "mae"')
 
 
 @dataclass(frozen=True, kw_only=True)

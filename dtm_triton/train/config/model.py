@@ -1,7 +1,8 @@
-"""Configuration of what is trained: student, teacher, masks, loss."""
+"""Configuration of what is trained: student, teacher, masks, loss, and what single methods add."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -36,12 +37,15 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen network whose tokens are the targets."""
+    """Where targets come from."""
 
-    kind: Literal["timm", "conv"]
-    """"timm": a pre-trained timm model; "conv": a small convolutional network trained on the spot, with labels."""
+    kind: Literal["timm", "conv", "ema", "pixels", "hog"]
+    """"timm": a pre-trained timm model; "conv": a small convolutional network trained on the spot, with labels;
+    "ema": a moving average of the student; "pixels": of every patch, standardised; "hog": oriented gradients."""
     model: str = ""
     """Name of the timm model."""
+    model_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further arguments of the timm model."""
     weights: Path | None = None
     """Its weights, a file or folder; by default timm's hub cache. For "conv" the folder of its run."""
     project: bool = False
@@ -54,7 +58,7 @@ class TeacherConfig:
     """Training of the "conv" teacher."""
 
     def __post_init__(self) -> None:
-        check("teacher.model", self.model, self.kind == "conv" or bool(self.model), 'given for kind "timm"')
+        check("teacher.model", self.model, self.kind != "timm" or bool(self.model), 'given for kind "timm"')
         check("teacher.features", self.features, self.features >= 1, "positive")
         check("teacher.epochs", self.epochs, self.epochs >= 1, "positive")
 
@@ -89,6 +93,8 @@ class LossConfig:
     """Most iterations of a schedule."""
     kind: LossKind = "smooth_l1"
     """Distance between tokens."""
+    on: Literal["all", "masked"] = "all"
+    """Tokens that are compared: all, as DTM does, or the masked ones only. Others are not morphed either."""
     beta: float = 2.0
     """Where smooth_l1 turns from quadratic to linear."""
     normalize_target: bool = False
@@ -99,3 +105,72 @@ class LossConfig:
     """How matching halves the tokens. A "random" half depends on an image's place in its micro-batch."""
     shared_schedules: bool = False
     """All processes draw the same schedules. By default each draws its own, as the method does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The moving average that serves as teacher of kind "ema"."""
+
+    momentum: float = 0.9998
+    """Share of itself that the average keeps in the first step."""
+    final_momentum: float = 0.9998
+    """The same in the last step; between them half a cosine."""
+    blocks: int = 6
+    """Last blocks whose standardised outputs are averaged to targets ("masked" and "mae")."""
+
+    def __post_init__(self) -> None:
+        for name in ("momentum", "final_momentum"):
+            check(f"ema.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "in 0..1")
+        check("ema.blocks", self.blocks, self.blocks >= 1, "positive")
+
+    def at(self, progress: float) -> float:
+        """The momentum when a share `progress` of the steps is done.
+
+        >>> EmaConfig(momentum=0.5, final_momentum=1.0).at(0.5)
+        0.75
+        """
+        return self.final_momentum - (self.final_momentum - self.momentum) * (math.cos(math.pi * progress) + 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The decoder of method "mae"."""
+
+    width: int = 512
+    """Of its tokens, a multiple of 4 and of `heads`."""
+    depth: int = 8
+    """Blocks."""
+    heads: int = 16
+    """Attention heads."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads"):
+            check(f"decoder.{name}", getattr(self, name), getattr(self, name) >= 1, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """The codebook of method "beit_v2"."""
+
+    codes: int = 8192
+    """How many."""
+    momentum: float = 0.99
+    """Share of its statistics that a code keeps in a step."""
+
+    def __post_init__(self) -> None:
+        check("codebook.codes", self.codes, self.codes >= 2, "2 or more")
+        check("codebook.momentum", self.momentum, 0 <= self.momentum < 1, "in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """Projector and predictor of method "byol"."""
+
+    hidden: int = 4096
+    """Width of the hidden layer."""
+    features: int = 256
+    """Width of what they give."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "features"):
+            check(f"projector.{name}", getattr(self, name), getattr(self, name) >= 1, "positive")

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtm_triton import __version__
-from dtm_triton.train.models.student import MaskedStudent
+from dtm_triton.train.models.encoder import Encoder
 
 # of timm's description of its own weights, what stays true of ours
 KEPT_SETTINGS = ("mean", "std", "interpolation", "first_conv", "classifier", "fixed_input_size")
 
 
 def export_student(
-    student: MaskedStudent,
+    student: Encoder,
     path: Path | str,
     metadata: Mapping[str, Any] | None = None,
     *,
@@ -38,7 +38,7 @@ def export_student(
     The exported model has no classifier and no pooling: its output is the normed tokens, prefix tokens first.
 
     Args:
-        student: what `MaskedStudent` built, on any device.
+        student: any network that was pre-trained, on any device.
         path: NAME.safetensors, or a folder; what is missing of it is created, what is there is replaced atomically.
         metadata: anything JSON can hold, kept under "training" beside this package's version.
         mean, std: the normalisation the student was trained with, one value a channel; by default timm's for the model.
@@ -50,6 +50,7 @@ def export_student(
         TypeError: metadata or model arguments that JSON cannot hold.
 
     >>> import tempfile
+    >>> from dtm_triton.train.models.student import MaskedStudent
     >>> student = MaskedStudent("vit_tiny_patch16_224", out_features=8, image_size=12, patch_size=2,
     ...                         model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
     >>> folder = Path(tempfile.mkdtemp())
@@ -90,6 +91,7 @@ def load_exported(path: Path | str) -> nn.Module:
     Raises FileNotFoundError when the weights or the JSON beside them are missing.
 
     >>> import tempfile
+    >>> from dtm_triton.train.models.student import MaskedStudent
     >>> student = MaskedStudent("vit_tiny_patch16_224", out_features=8, image_size=12, patch_size=2,
     ...                         model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
     >>> model = load_exported(export_student(student, Path(tempfile.mkdtemp(), "student.safetensors")))

@@ -9,17 +9,13 @@ The mask token lives in a module around the model's `patch_embed`. The mask trav
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-HEADS = ("head.", "lm_head.", "cls_pt_layers.")  # what classifiers and BEiT's pre-training add to the backbone
+from dtm_triton.groups import TokenGroups, morph_tokens
+from dtm_triton.train.models.encoder import Encoder
 
 
 class MaskedPatchEmbed(nn.Module):
@@ -50,25 +46,12 @@ class MaskedPatchEmbed(nn.Module):
             return getattr(super().__getattr__("embed"), name)
 
 
-class MaskedStudent(nn.Module):
-    """A timm ViT (`VisionTransformer`, `Beit`, `Eva`) with a mask token and a linear head on its normed patch tokens.
+class MaskedStudent(Encoder):
+    """An `Encoder` with a mask token and a linear head on its normed patch tokens.
 
-    The model is built without classifier and pooling, so that its final norm acts on every token and each parameter
-    takes part in pre-training. Linear and convolution weights and all tokens start truncated-normal with deviation
-    0.02, the output weights of block l = 1.. divided by sqrt(2 l), as in BEiT (arXiv 2106.08254) and DTM (2401.00254).
-
-    Args:
-        model: timm model name, for example "beit_base_patch16_224" or "vit_tiny_patch16_224".
-        out_features: width of the teacher's tokens.
-        image_size: pixels, one number or (height, width), multiples of `patch_size`.
-        patch_size: pixels a side.
-        in_chans: image channels.
-        drop_path: stochastic depth of the last block, 0..1.
-        model_kwargs: further timm arguments (embed_dim, depth, num_heads, init_values, use_shared_rel_pos_bias, ...).
-
-    Raises:
-        ValueError: an unknown model, one that is not a plain ViT, a size that is no multiple of the patch, arguments
-            the student sets itself, or ones that break the grid of tokens.
+    Arguments as `Encoder`'s; out_features: width of the teacher's tokens, None: of its own. Linear and convolution
+    weights and all tokens start truncated-normal with deviation 0.02, the output weights of block l = 1.. divided by
+    sqrt(2 l).
 
     >>> student = MaskedStudent("vit_tiny_patch16_224", out_features=8, image_size=12, patch_size=2,
     ...                         model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
@@ -78,161 +61,88 @@ class MaskedStudent(nn.Module):
     torch.Size([4, 24])
     """
 
-    backbone: Any  # a timm model: what it offers is checked when it is built
+    not_averaged = ("head",)
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        out_features: int,
-        image_size: int | tuple[int, int],
-        patch_size: int,
-        in_chans: int = 3,
-        drop_path: float = 0.0,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sizes) != 2 or any(size < 1 or size % patch_size for size in sizes):
-            raise ValueError(f"image_size must be positive multiples of patch_size {patch_size!r}, got {image_size!r}")
-        self.model_name = model
-        self.create_kwargs: dict[str, Any] = {
-            **_check_model(model, model_kwargs or {}),
-            "img_size": sizes,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "num_classes": 0,
-            "global_pool": "",
-        }
-        try:
-            backbone: Any = timm.create_model(model, drop_path_rate=drop_path, **self.create_kwargs)
-        except (AssertionError, TypeError) as refusal:
-            raise ValueError(f"timm cannot build model {model!r} as a student: {refusal}") from refusal
-        _check_backbone(model, backbone)
-        width = backbone.embed_dim
-        backbone.patch_embed = MaskedPatchEmbed(backbone.patch_embed, width)
-        self.backbone = backbone
-        self.head = nn.Linear(width, out_features)
+    def __init__(self, model: str, *, out_features: int | None, **encoder: Any) -> None:
+        super().__init__(model, **encoder)
+        width = self.backbone.embed_dim
+        self.backbone.patch_embed = MaskedPatchEmbed(self.backbone.patch_embed, width)
+        self.head: nn.Module = nn.Linear(width, out_features or width)
         self.init_weights()
-
-    def init_weights(self) -> None:
-        """Truncated-normal 0.02 for weights and tokens, zero biases, block outputs divided by sqrt(2 l)."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(("_token", "pos_embed")):
-                trunc_normal_(parameter, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            for layer, block in enumerate(self.backbone.blocks, start=1):
-                for name, parameter in block.named_parameters():
-                    if name in ("attn.proj.weight", "mlp.fc2.weight"):
-                        parameter.div_(math.sqrt(2 * layer))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in patches."""
-        height, width = self.backbone.patch_embed.grid_size
-        return int(height), int(width)
-
-    @property
-    def num_blocks(self) -> int:
-        """Transformer blocks of the backbone."""
-        return len(self.backbone.blocks)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Predictions [B, N, out_features] for images [B, C, H, W]; patches where mask [B, N] is True are hidden."""
-        return self.head(self.tokens(images, mask))
+        return self.head(self._encode(images, mask))
 
-    def tokens(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The backbone's normed patch tokens [B, N, D]; class and register tokens are dropped."""
+    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             x = self.backbone.forward_features(images)
         else:
-            patches = self.grid[0] * self.grid[1]
-            if mask.dtype != torch.bool or mask.shape != (images.shape[0], patches):
-                raise ValueError(
-                    f"mask must be bool [{images.shape[0]}, {patches}], got {mask.dtype} {list(mask.shape)}"
-                )
+            self._check_mask(images, mask)
             x = self.backbone.forward_features((images, mask))
         return x[:, self.backbone.num_prefix_tokens :]
 
-    def features(self, images: Tensor) -> Tensor:
-        """One vector per image [B, D]: the mean of the normed patch tokens, nothing masked."""
-        return self.tokens(images).mean(dim=1)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass: less memory, more time."""
-        self.backbone.set_grad_checkpointing(enable)
+class CodeStudent(MaskedStudent):
+    """A `MaskedStudent` whose head, as wide as there are codes, reads morphed tokens.
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the tokens and position tables, among `named_parameters()`, that should not decay."""
-        prefix = "backbone."
-        own = {prefix + name for name in self.backbone.no_weight_decay()}
-        tables = ("_token", "pos_embed", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name in own or name.endswith(tables)}
+    A linear head commutes with morphing, so that only the tokens asked for are spread over the codes.
 
-    def layer_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise learning rates: 0 for all before the blocks, num_blocks + 1 behind them.
+    >>> student = CodeStudent("vit_tiny_patch16_224", out_features=50, image_size=12, patch_size=2,
+    ...                       model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
+    >>> mask = torch.arange(36) < 9
+    >>> whole = TokenGroups(torch.zeros(4, 36).int(), torch.full((4, 1), 36).int())
+    >>> student(torch.rand(4, 3, 12, 12), mask.expand(4, -1), [whole, whole], torch.arange(9).expand(4, -1)).shape
+    torch.Size([2, 4, 9, 50])
+    """
 
-        Raises ValueError for a name that is none of `named_parameters()`.
-        """
-        if name.startswith(("head.", "backbone.norm.")):
-            return self.num_blocks + 1
-        block = re.match(r"backbone\.blocks\.(\d+)\.", name)
-        if block:
-            return int(block[1]) + 1
-        if name not in dict(self.named_parameters()):
-            raise ValueError(f"name must be one of the student's parameters, got {name!r}")
-        return 0
-
-    def backbone_state_dict(self) -> dict[str, Tensor]:
-        """The backbone's weights under plain timm names: no mask token, no head; loads strictly into the same model."""
-        state = self.backbone.state_dict()
-        del state["patch_embed.mask_token"]
-        return {name.replace("patch_embed.embed.", "patch_embed.", 1): value for name, value in state.items()}
-
-    def load_backbone_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Start from public weights under timm's or BEiT's names, strictly: every other name and shape must fit.
-
-        Classifiers and pre-training heads are left out; a mask token is taken when there is one. Models pooled by mean
-        keep their final norm under `fc_norm`; it is taken as the final norm.
-
-        Raises ValueError naming what does not fit.
-        """
-        renamed: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name.startswith(HEADS) or name == "mask_token" or name.endswith("relative_position_index"):
-                continue
-            name = re.sub(r"^fc_norm\.", "norm.", name)
-            renamed[re.sub(r"^patch_embed\.", "patch_embed.embed.", name)] = value
-        renamed["patch_embed.mask_token"] = state.get("mask_token", self.backbone.patch_embed.mask_token).flatten()
-        try:
-            self.backbone.load_state_dict(renamed, strict=True)
-        except RuntimeError as misfit:
-            raise ValueError(f"state does not fit student {self.model_name!r}: {misfit}") from misfit
+    def forward(  # type: ignore[override]
+        self, images: Tensor, mask: Tensor, groups: list[TokenGroups], places: Tensor
+    ) -> Tensor:
+        """Logits [L, B, M, codes] of the tokens at `places` [B, M], morphed by each of L groupings."""
+        tokens = self._encode(images, mask)
+        return self.head(torch.stack([take(morph_tokens(tokens, each), places) for each in groups]))
 
 
-def _check_model(model: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    if not timm.is_model(model):
-        raise ValueError(f"model must be the name of a timm model (see timm.list_models()), got {model!r}")
-    owned = {"img_size", "patch_size", "in_chans", "num_classes", "global_pool", "drop_path_rate", "pretrained"}
-    taken = sorted(owned & set(model_kwargs))
-    if taken:
-        raise ValueError(f"model_kwargs must not hold what the student sets itself, got {taken}")
-    if model_kwargs.get("patch_drop_rate"):
-        raise ValueError(f"patch_drop_rate in model_kwargs must be 0, got {model_kwargs['patch_drop_rate']!r}")
-    return dict(model_kwargs)
+class ProjectedStudent(MaskedStudent):
+    """BYOL's networks (arXiv 2006.07733) on a masked image: projector and predictor, for the image and every token.
+
+    An image's vector is its mean token. Both heads are two-layer perceptrons with LayerNorm where BYOL has BatchNorm:
+    images of a batch do not meet. A moving average has no predictor: it gives projections.
+
+    Arguments as `Encoder`'s; hidden and out_features: widths of the heads.
+
+    >>> student = ProjectedStudent("vit_tiny_patch16_224", hidden=32, out_features=8, image_size=12, patch_size=2,
+    ...                            model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
+    >>> whole, tokens = student(torch.rand(4, 3, 12, 12), torch.zeros(4, 36, dtype=torch.bool))
+    >>> whole.shape, tokens.shape
+    (torch.Size([4, 8]), torch.Size([4, 36, 8]))
+    """
+
+    not_averaged = ("predictor",)
+
+    def __init__(self, model: str, *, hidden: int, out_features: int, **encoder: Any) -> None:
+        super().__init__(model, out_features=1, **encoder)
+        self.head = _perceptron(self.backbone.embed_dim, hidden, out_features)
+        self.predictor: nn.Module = _perceptron(out_features, hidden, out_features)
+        self.init_weights()
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Of images [B, C, H, W]: vectors [B, out_features] and tokens [B, N, out_features]."""
+        tokens = self._encode(images, mask)
+        x = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+        x = self.predictor(self.head(x))
+        return x[:, 0], x[:, 1:]
 
 
-def _check_backbone(model: str, backbone: Any) -> None:
-    missing = [name for name in ("patch_embed", "blocks", "norm", "num_prefix_tokens") if not hasattr(backbone, name)]
-    if missing:
-        raise ValueError(f"model must be a plain Vision Transformer, got {model!r} without {', '.join(missing)}")
-    if isinstance(backbone.norm, nn.Identity) or any(True for _ in backbone.fc_norm.parameters()):
-        raise ValueError(
-            f"model must norm its tokens, not their mean: {model!r} needs fc_norm=False (VisionTransformer) or "
-            "use_fc_norm=False (Beit, Eva) in model_kwargs"
-        )
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """The tokens [B, M, C] of x [B, N, C] at places [B, M].
+
+    >>> take(torch.arange(4.0).view(1, 4, 1), torch.tensor([[2, 0]])).flatten().tolist()
+    [2.0, 0.0]
+    """
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, outputs))

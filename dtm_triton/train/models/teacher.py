@@ -21,6 +21,10 @@ from torch.nn import functional as F
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
+class NoWeightsError(RuntimeError):
+    """No weights given, none in the hub cache, and none to be had from the network."""
+
+
 class Teacher(nn.Module):
     """A frozen timm ViT that turns images into normed patch tokens. Made by `build_teacher`.
 
@@ -52,11 +56,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Targets [B, N, out_features] for images [B, C, H, W], floats in 0..1."""
+        """Targets [B, N, out_features] for images [B, C, H, W], floats in 0..1; grey ones are repeated."""
         if not images.is_floating_point():
             raise TypeError(f"images must be floats in 0..1, got {images.dtype}")
-        if images.shape[1] != self.mean.shape[1]:
-            raise ValueError(f"images must have {self.mean.shape[1]} channels, got {list(images.shape)}")
+        channels = self.mean.shape[1]
+        if images.shape[1] not in (1, channels):
+            raise ValueError(f"images must have {channels} channels or one, got {list(images.shape)}")
+        images = images.expand(-1, channels, -1, -1)
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
         tokens = self.model.forward_features((images - self.mean) / self.std)
@@ -73,6 +79,7 @@ def build_teacher(
     project: bool = False,
     statistics: str = "own",
     grid: tuple[int, int] | None = None,
+    in_chans: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """A frozen teacher from any timm ViT by name.
@@ -86,13 +93,14 @@ def build_teacher(
         statistics: "own", the mean and deviation the model was trained with, or "imagenet" (DTM's program).
         grid: the student's (height, width) in patches. The model's input becomes grid * its patch size (position tables
             are resampled) and images are resized to that. None: the model's own input size.
+        in_chans: channels of the images to come: those of the model, or 1, which is repeated. None: not checked.
         model_kwargs: further timm arguments.
 
     Raises:
-        ValueError: an unknown model or one that is not a plain ViT, no head to project with, an unknown `statistics`,
-            an empty or ambiguous folder, a file of another kind, weights that do not fit.
+        ValueError: an unknown model, one for other channels or one that is not a plain ViT, no head to project with,
+            an unknown `statistics`, an empty or ambiguous folder, a file of another kind, weights that do not fit.
         FileNotFoundError: `weights` does not exist.
-        RuntimeError: no weights given, none in the cache, and no network.
+        NoWeightsError: no weights given, none in the cache, and no network.
 
     Source: DTM (arXiv 2401.00254): final norm on all tokens, class token dropped, projected per token.
 
@@ -129,6 +137,8 @@ def build_teacher(
     channels = network.patch_embed.proj.in_channels
     if len(mean) != channels:
         raise ValueError(f"statistics {statistics!r} are those of {len(mean)} channels, {model!r} takes {channels}")
+    if in_chans not in (None, 1, channels):
+        raise ValueError(f"model must take images of {in_chans} channels, {model!r} takes {channels}")
     return Teacher(network, tuple(mean), tuple(std), project)
 
 
@@ -138,9 +148,9 @@ def _from_hub(model: str, kwargs: dict[str, Any]) -> Any:
     except TypeError:  # an argument the model does not have
         raise
     except Exception as error:  # the hub client's errors share no base class
-        raise RuntimeError(
-            f"no weights for model {model!r}: not in the hub cache and not to be had from the network ({error}); "
-            "give weights=, a local file or folder"
+        raise NoWeightsError(
+            f"weights of model {model!r} are neither in the hub cache nor to be had from the network ({error}); "
+            "give a local file or folder"
         ) from error
 
 

@@ -1,0 +1,78 @@
+"""BYOL with morphed tokens: two views of an image, each predicts what a moving average sees in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from dtm_triton.train.config import PretrainConfig
+from dtm_triton.train.data.augment import augment
+from dtm_triton.train.data.draws import Draw
+from dtm_triton.train.models.student import ProjectedStudent
+from dtm_triton.train.objectives.tokens import TokenObjective
+
+
+class Byol(TokenObjective):
+    """BYOL's loss on images and DTM's loss on tokens, summed; both views take both parts.
+
+    As in BYOL (arXiv 2006.07733): projector, predictor, a moving average as the target, 2 - 2 cos on image vectors,
+    symmetric in the views. Ours: the views are one crop, flipped and jittered differently, so that tokens meet when the
+    flip is undone and one crop is decoded; heads with LayerNorm; an image's vector is its mean token; patches of the
+    online view are hidden as `mask` says (0 hides none).
+
+    The batch comes with "view": uniform numbers [B, 4] for the second view's flip and jitter.
+    """
+
+    def __init__(self, network: ProjectedStudent, config: PretrainConfig) -> None:
+        super().__init__(network, None, config)
+        self.flip, self.jitter = config.data.flip, config.data.colour_jitter
+
+    def draws(self) -> Mapping[str, Draw]:
+        return {**super().draws(), "view": _view}
+
+    def targets(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.ema(self.normalise(images))[1]
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        second = self._second(batch)
+        images = torch.cat([augment(batch), augment(second)])
+        flip = torch.cat([batch["flip"], second["flip"]]) if self.flip else None
+        mask = self.masks(batch["mask"]).repeat(2, 1)  # of the unflipped crop, as all that is compared
+        with torch.no_grad():
+            whole, tokens = self.ema(self.normalise(images))
+            targets = self.compared(_swap(self._mirrored(tokens, flip)), mask)
+        matching = self.match(targets)
+        hidden = self._mirrored(mask[..., None], flip)[..., 0]
+        vectors, tokens = self.network(self.normalise(images), hidden)
+        outputs = self.compared(self._mirrored(tokens, flip), mask)
+        image_loss = 2 - 2 * F.cosine_similarity(vectors.float(), _swap(whole).float(), dim=-1).mean()
+        token_loss = self.distance(outputs, targets, matching)
+        return {"loss": image_loss + token_loss, "image_loss": image_loss, "token_loss": token_loss}
+
+    def _second(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        view = {"images": batch["images"]}
+        if self.flip:
+            view["flip"] = batch["view"][:, 0] < 0.5
+        if self.jitter:
+            view["jitter"] = 1 + self.jitter * (2 * batch["view"][:, 1:] - 1)
+        return view
+
+    def _mirrored(self, tokens: Tensor, flip: Tensor | None) -> Tensor:
+        """Tokens [B, N, C] from a flipped view's places to those of the crop, or back; where `flip` [B] is True."""
+        if flip is None:
+            return tokens
+        mirrored = tokens.unflatten(1, self.network.grid).flip(2).flatten(1, 2)
+        return torch.where(flip.view(-1, 1, 1), mirrored, tokens)
+
+
+def _view(count: int, *, generator: Generator) -> Tensor:
+    return torch.rand(count, 4, generator=generator)
+
+
+def _swap(pair: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return pair.roll(len(pair) // 2, 0)
