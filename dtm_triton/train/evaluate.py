@@ -21,7 +21,8 @@ def extract_features(
     Args:
         fn: a module, a method of one (`student.features`), or any function of images [B, C, H, W] to features [B, D].
             The module's train / eval modes are put back as they were, also after an error.
-        loader: yields (images, labels [B]).
+        loader: yields (images, labels [B]). Rows with the label -1 (images that fill a batch, or could not be read) are
+            computed and left out.
         device: images are moved there first; None leaves them.
 
     Returns:
@@ -44,8 +45,10 @@ def extract_features(
             module.training = False
         with torch.no_grad():
             for images, target in loader:
-                features.append(fn(images if device is None else images.to(device)).float().cpu())
-                labels.append(target.cpu())
+                target = target.cpu()
+                rows = fn(images if device is None else images.to(device)).float().cpu()
+                features.append(rows[target >= 0])
+                labels.append(target[target >= 0])
     finally:
         for module, training in modes:
             module.training = training

@@ -137,6 +137,8 @@ def test_extract_features_evaluates_without_gradients_and_restores_modes():
     with pytest.raises(RuntimeError, match="broken"):
         extract_features(model.broken, batches)
     assert model.training and not model.frozen.training
+    some, kept = extract_features(lambda images: images.flatten(1), [(torch.eye(3), torch.tensor([4, -1, 0]))])
+    assert kept.tolist() == [4, 0] and torch.equal(some, torch.eye(3)[[0, 2]])
     assert extract_features(lambda images: images.half().flatten(1), batches)[0].dtype == torch.float32
     with pytest.raises(ValueError, match="loader must yield"):
         extract_features(model, [])

@@ -52,7 +52,7 @@ class Normalise(nn.Module):
 
 
 def _grey(images: Tensor) -> Tensor:
-    if images.shape[1] == 1:
-        return images
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     return 0.299 * red + 0.587 * green + 0.114 * blue

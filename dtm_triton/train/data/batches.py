@@ -1,7 +1,11 @@
 """Micro-batches as pure functions of their number: the order of the data, crops, flips and masks need no loader state.
 
-Shapes: images uint8 [b, C, H, W], labels int64 [b], flip bool [b], jitter float [b, 3], mask bool [b, N]. A step's
-global batch is the same for any number of processes and micro-batches; each takes its part of the rows.
+Shapes: images uint8 [b, C, H, W] (in memory [b, H, W, C]), labels int64 [b], flip bool [b], jitter float [b, 3],
+skipped int64 [b], and an entry for every further draw. A step's global batch is the same for any number of processes
+and micro-batches; each takes its part of the rows.
+
+An image that cannot be read is replaced by another one, chosen by its place alone; "skipped" holds its number, and -1
+in all other rows.
 """
 
 from __future__ import annotations
@@ -9,7 +13,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -17,10 +20,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dtm_triton.train.config import DataConfig, RunConfig
 from dtm_triton.train.data.draws import Draw, draw_images, fold
-from dtm_triton.train.data.images import Images
+from dtm_triton.train.data.images import ImageError, Images
+from dtm_triton.train.data.order import ExactOrder, Order, ResampledOrder
+from dtm_triton.train.data.shards import ShardImages
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 
 Batch = dict[str, Tensor]
+TRIES = 16  # images in place of one that cannot be read
 GRACE = 10  # seconds that a worker lives on after SIGTERM
 
 
@@ -29,8 +36,8 @@ class MicroBatches(Dataset[Batch]):
 
     Args:
         images: where they come from.
-        data, run: the configuration; `run.batch_size` rows make a step's global batch, over epochs that are each a new
-            permutation of the images. What does not fill a batch at an epoch's end is left out.
+        data, run: the configuration; `run.batch_size` rows make a step's global batch, in the order of
+            `ExactOrder` or `ResampledOrder`.
         draws: further random numbers for every image, by their name in the batch: masks for example.
 
     Raises ValueError when the global batch cannot be divided, or is larger than the data.
@@ -55,26 +62,47 @@ class MicroBatches(Dataset[Batch]):
             self.draws["jitter"] = _Jitter(data.colour_jitter)
         self.steps_per_epoch = len(images.labels) // run.batch_size
         self.size = run.batch_size // parts
+        self.order: Order = ExactOrder(len(images.labels), run.batch_size, run.seed)
+        if data.order == "resampled":
+            assert isinstance(images, ShardImages)
+            self.order = ResampledOrder(images.ends, run.batch_size, run.seed, images.announce)
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.run.accumulate)
         first = (micro * self.processes.count + self.processes.rank) * self.size
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = _permutation(len(self.images.labels), fold(self.run.seed, "order", epoch))
-        start = place * self.run.batch_size + first
-        chosen = order[start : start + self.size].tolist()
-        crops = [fold(self.run.seed, "crop", step, first + row) for row in range(self.size)]
+        wanted = self.order.rows(step, first, self.size)
+        found = [self._load(number, step, first + row) for row, number in enumerate(wanted)]
+        shown = torch.tensor([number for number, _ in found])
+        asked = torch.tensor(wanted)
         batch = {
-            "images": torch.stack([self.images.load(i, crop) for i, crop in zip(chosen, crops, strict=True)]),
-            "labels": torch.tensor([self.images.labels[i] for i in chosen]),
+            "images": _stack([image for _, image in found]),
+            "labels": self.images.labels[shown],
+            "skipped": torch.where(shown == asked, -1, asked),
         }
         for name, draw in self.draws.items():
             batch[name] = draw_images(draw, self.run.seed, name, step, first, self.size)
         return batch
 
+    def _load(self, number: int, step: int, row: int) -> tuple[int, Tensor]:
+        """A number and its image: the one asked for, or the first readable one of those that take its place."""
+        crop = fold(self.run.seed, "crop", step, row)
+        tried = number
+        for attempt in range(TRIES + 1):
+            try:
+                return tried, self.images.load(tried, crop)
+            except (ImageError, OSError) as error:
+                reason = f"{self.images.name(tried)!r} {error}"
+            others = len(self.images.labels) - 1  # never the same again, so that it is noticed
+            step_on = 1 + fold(self.run.seed, "substitute", step, row, attempt) % max(others, 1)
+            tried = (number + step_on) % len(self.images.labels)
+        raise FolderError(f"data: {TRIES + 1} images in a row cannot be read, the last one: {reason}")
+
 
 class EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
     """This process's share of the images, cropped as for evaluation: floats in 0..1 and labels, in batches.
+
+    All processes have as many batches, of as many rows, so that they can compute together: rows that fill up, and
+    images that cannot be read, are black and have the label -1.
 
     limit: with more images than this, so many spread evenly over all.
     """
@@ -84,14 +112,23 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
         count = len(images.labels)
         chosen = min(count, limit or count)
         self.mine = [i * count // chosen for i in range(processes.rank, chosen, processes.count)]
+        self.rows = -(-chosen // processes.count)
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return -(-self.rows // self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        chosen = self.mine[number * self.batch_size : (number + 1) * self.batch_size]
-        pixels = torch.stack([self.images.load(i, None) for i in chosen])
-        return pixels.float() / 255, torch.tensor([self.images.labels[i] for i in chosen])
+        first = number * self.batch_size
+        count = min(self.batch_size, self.rows - first)
+        pixels = [torch.zeros(self.images.shape, dtype=torch.uint8)] * count
+        labels = torch.full((count,), -1)
+        for row, image in enumerate(self.mine[first : first + count]):
+            try:
+                pixels[row] = self.images.load(image, None)
+            except (ImageError, OSError):
+                continue
+            labels[row] = self.images.labels[image]
+        return _stack(pixels).float() / 255, labels
 
 
 @contextmanager
@@ -131,9 +168,9 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
-@lru_cache(maxsize=2)
-def _permutation(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=Generator().manual_seed(seed))
+def _stack(images: list[Tensor]) -> Tensor:
+    """Images [C, H, W] as one tensor [b, C, H, W] that lies in memory as [b, H, W, C], as decoders give them."""
+    return torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)
 
 
 def _flips(count: int, *, generator: Generator) -> Tensor:
