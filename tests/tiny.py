@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from dtm_triton.train import recipes
-from dtm_triton.train.build import ConvTargets, build_draws, build_student
+from dtm_triton.train.build import assemble
 from dtm_triton.train.config import OptimizerConfig, PretrainConfig, StudentConfig, TeacherConfig, to_json
-from dtm_triton.train.engine.checkpoint import load_newest
+from dtm_triton.train.engine.checkpoint import load_newest, load_tensors
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.engine.saver import Saver
+from dtm_triton.train.engine.stop import Stopped
+from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
-from dtm_triton.train.objectives.pretraining import Pretraining
 
 STUDENT = StudentConfig(
     model="vit_tiny_patch16_224",
@@ -53,30 +58,72 @@ def tiny_config(folder: Path, *, data: dict[str, Any] | None = None, **run: Any)
 def tiny_trainer(config: PretrainConfig, processes: Processes | None = None) -> Trainer:
     torch.manual_seed(5)
     teacher = ConvTeacher(config.data.image_size, 2, in_chans=config.data.channels, out_features=8)
-    student = build_student(config.student, config.data, 8)
     return Trainer(
-        Pretraining(student, ConvTargets(teacher), config.data, config.loss),
+        assemble(config, ConvTargets(teacher)),
         data=config.data,
         optimizer=config.optimizer,
         run=config.run,
         processes=processes or Processes(),
-        draws=build_draws(config.mask, student.grid),
         resolved=to_json(config),
         title="tiny",
     )
 
 
+def train_tiny(processes: Processes, folder: Path, stop: int | None, changes: dict[str, Any]) -> None:
+    """A tiny run, or a part of one that is told to stop in the middle of a step; for `run_together`.
+
+    Schedules are shared: they would differ with the number of processes otherwise.
+    """
+    base = tiny_config(folder, **changes)
+    trainer = tiny_trainer(replace(base, loss=replace(base.loss, shared_schedules=True)), processes)
+    if stop is None:
+        trainer.fit()
+    else:
+        stop_at(trainer, stop)
+        with pytest.raises(Stopped):
+            trainer.fit()
+    state = trainer.whole_network().state_dict()
+    if processes.first:
+        torch.save(state, folder / "whole.pt")
+
+
+def stop_at(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:
+    """Receive a signal in the middle of that step."""
+    draws = trainer.objective.seed_draws
+
+    def seed_draws(seed: int, now: int, rank: int) -> None:
+        if now == step:
+            signal.raise_signal(number)
+        draws(seed, now, rank)
+
+    trainer.objective.seed_draws = seed_draws  # type: ignore[method-assign]
+
+
 def final_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint, moments of the optimiser included, by a flat name."""
-    state = load_newest(folder / "checkpoints", print)
-    assert state is not None
-    flat = {f"objective.{name}": value for name, value in state["objective"].items()}
-    for number, moments in state["optimizer"]["state"].items():
-        flat.update({f"optimizer.{number}.{name}": value for name, value in moments.items()})
-    return {"step": torch.tensor(state["step"]), **flat}
+    found = load_newest(folder / "checkpoints", print)
+    assert found is not None
+    path, plain = found
+    return {"step": torch.tensor(plain["step"]), **load_tensors(path)}
 
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, different
+
+
+def save_where_one_fails(processes: Processes, folder: Path) -> None:
+    """Two processes save; the second one cannot write the first checkpoint, both learn of it, the next one succeeds."""
+    saver = Saver(folder, processes)
+    whole = {f"w{number}": torch.ones(1000) for number in range(4)}
+    if not processes.first:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    saver.save(1, whole, {"step": 1})
+    trouble = saver.finish()
+    assert trouble is not None and "File too large" in trouble, trouble
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    processes.wait()
+    saver.save(2, whole, {"step": 2})
+    assert saver.finish() is None
+    processes.wait()

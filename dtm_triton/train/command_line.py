@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import torch
 
 from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
 from dtm_triton.train.engine.checkpoint import FolderError
@@ -40,18 +43,33 @@ def parse(recipes: dict[str, Callable[[], Config]], default: str, program: str, 
         sys.exit(f"{program}: {error}")
 
 
-def run_command(program: str, work: Callable[[Processes], object], device: str) -> None:
+def run_command(program: str, work: Callable[[Processes], object], device: str, timeout_minutes: float = 10.0) -> None:
     """Do the work of a command, in one process or in those of torchrun.
 
-    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback, a folder or file that cannot be
-    used or a loss that is not finite with 1 and one line.
+    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback; a folder or file that cannot be
+    used, a full disk, a loss that is not finite, or another process that is gone, with 1 and one line.
     """
     # outside the loop, which saves first, a SIGTERM too should run what is in `finally`
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    rank = int(os.environ.get("RANK", 0))
+    speaker = f"{program}, process {rank}" if rank else program
     try:
-        with join_processes(device) as processes:
+        with join_processes(device, timeout_minutes) as processes:
             work(processes)
     except (Stopped, KeyboardInterrupt) as stopped:
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
-    except (FolderError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"{program}: {error}")
+    except (FolderError, FloatingPointError, OSError) as error:
+        sys.exit(f"{speaker}: {error}")
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        sys.exit(f"{speaker}: another process has ended, or was not heard of in time ({_first_line(error)})")
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether torch.distributed lost its peers; gloo tells so by a plain RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,7 +1,9 @@
-"""Checkpoints survive a kill at any moment, damage is noticed, and nothing but tensors and plain values is read."""
+"""Checkpoints on disk: whole or not there, checked when read, never code."""
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import random
 import signal
@@ -15,64 +17,95 @@ import torch
 
 from dtm_triton.train.engine.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    load_into,
     load_newest,
-    save_checkpoint,
+    load_plain,
+    load_tensors,
     saved_steps,
     write_atomically,
 )
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.saver import Saver
 
 
-def state(step: int) -> dict[str, object]:
-    return {"step": step, "weights": {"w": torch.full((1000,), float(step))}}
+def save(folder: Path, *steps: int) -> list[Path]:
+    """Checkpoints of these steps, newest first; a tensor of each is filled with the step."""
+    saver = Saver(folder, Processes())
+    for step in steps:
+        saver.save(step, {"w": torch.full((1000,), float(step)), "n": torch.tensor(step)}, {"step": step})
+    assert saver.finish() is None
+    return saved_steps(folder)
 
 
-def test_newest_and_best_are_kept(tmp_path: Path) -> None:
-    for step in range(1, 6):
-        save_checkpoint(tmp_path, step, state(step), best=step == 2)
-    assert [path.name for path in saved_steps(tmp_path)] == ["step_000000005.pt", "step_000000004.pt"]
-    assert load_checkpoint(tmp_path / "best.pt")["step"] == 2
-    newest = load_newest(tmp_path, print)
-    assert newest is not None and newest["step"] == 5 and torch.equal(newest["weights"]["w"], torch.full((1000,), 5.0))
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    save(tmp_path, 4, 5)
+    messages: list[str] = []
+    found = load_newest(tmp_path, messages.append)
+    assert found is not None and found[1]["step"] == 5 and messages == []
+    tensors = load_tensors(found[0])
+    assert torch.equal(tensors["w"], torch.full((1000,), 5.0)) and tensors["n"].dtype == torch.int64
+    into = {"w": torch.zeros(1000), "n": torch.tensor(0)}
+    load_into(found[0], into)
+    assert torch.equal(into["w"], tensors["w"]) and into["n"] == 5
     assert load_newest(tmp_path / "nothing here", print) is None
 
 
-def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("links are not supported")
-
-    monkeypatch.setattr("os.link", refuse)
-    save_checkpoint(tmp_path, 4, state(4), best=True)
-    assert load_checkpoint(tmp_path / "best.pt")["step"] == load_checkpoint(tmp_path / "step_000000004.pt")["step"] == 4
-
-
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "flipped", "missing", "state"])
 def test_damage_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
-    for step in (1, 2):
-        path = save_checkpoint(tmp_path, step, state(step))
-    data = bytearray(path.read_bytes())
+    newest, older = save(tmp_path, 1, 2)
+    file = newest / "state.json" if damage == "state" else next(newest.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes({"truncated": data[:-50], "emptied": b"", "flipped": bytes(data)}[damage])
+    if damage == "missing":
+        file.unlink()
+    else:
+        spoilt = {"truncated": data[:-50], "emptied": b"", "flipped": bytes(data), "state": data[: len(data) // 2]}
+        file.write_bytes(spoilt[damage])
     messages: list[str] = []
     found = load_newest(tmp_path, messages.append)
-    assert found is not None and found["step"] == 1
-    assert len(messages) == 1 and "step_000000002.pt" in messages[0]
-    (tmp_path / "step_000000001.pt").write_bytes(b"PK nonsense")
+    assert found is not None and found[0] == older
+    assert len(messages) == 1 and newest.name in messages[0]
+    (older / "state.json").write_text("[]")
     with pytest.raises(CheckpointError, match="can be read; remove them to start over"):
         load_newest(tmp_path, messages.append)
 
 
-def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    torch.save({"weights": torch.ones(1)}, tmp_path / "step_000000001.pt")
-    with pytest.raises(CheckpointError, match="not one of a training run"):
-        load_checkpoint(tmp_path / "step_000000001.pt")
+def test_foreign_files_are_refused_and_never_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
 
-    torch.save({"step": 1, "code": pytest.raises}, tmp_path / "step_000000002.pt")  # code would run if it were read
+    class Foreign:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(ran),)
+
+    path = save(tmp_path / "run", 1)[0]
+    with open(path / ".metadata", "wb") as file:  # where torch.distributed.checkpoint itself would look for a pickle
+        pickle.dump(Foreign(), file)
+    assert load_tensors(path)["n"] == 1
+    weights = next(path.glob("*.safetensors"))
+    weights.write_bytes(pickle.dumps(Foreign()))
+    state = json.loads((path / "state.json").read_text())
+    with pytest.raises(CheckpointError, match="is damaged in"):
+        load_plain(path)
+    state["files"] = {}
+    (path / "state.json").write_text(json.dumps(state))  # whoever wrote this, wrote no checksums
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_checkpoint(tmp_path / "step_000000002.pt")
-    (tmp_path / "step_000000003.pt").write_bytes(pickle.dumps({"step": 3}))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_checkpoint(tmp_path / "step_000000003.pt")
+        load_into(path, {"w": torch.zeros(1000), "n": torch.tensor(0)})
+    assert not ran.exists()
+
+
+def test_other_networks_checkpoints_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)[0]
+    with pytest.raises(CheckpointError, match=r"does not fit in 2 tensors: bias None -> \(3,\), w \(1000,\) -> \(7,\)"):
+        load_into(path, {"w": torch.zeros(7), "bias": torch.zeros(3), "n": torch.tensor(0)})
+    (path / "state.json").write_text('{"files": {}}')
+    with pytest.raises(CheckpointError, match="not one of a training run"):
+        load_plain(path)
+
+
+def test_checkpoints_of_an_older_version_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "step_000000007.pt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="step_000000007.pt"):
+        load_newest(tmp_path, print)
 
 
 def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -93,31 +126,36 @@ SAVER = """
 import sys
 from pathlib import Path
 import torch
-from dtm_triton.train.engine.checkpoint import load_newest, save_checkpoint
-found = load_newest(Path(sys.argv[1]), print)
-step = found["step"] if found else 0
+from dtm_triton.train.engine.checkpoint import load_newest
+from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.engine.saver import Saver
+folder = Path(sys.argv[1])
+found = load_newest(folder, print)
+step = found[1]["step"] if found else 0
+saver = Saver(folder, Processes())
 print("ready", flush=True)
 while True:
     step += 1
-    state = {"step": step, "w": torch.full((200_000,), float(step))}
-    save_checkpoint(Path(sys.argv[1]), step, state, best=step % 3 == 0)
+    saver.save(step, {"w": torch.full((200_000,), float(step))}, {"step": step}, best=step % 3 == 0)
 """
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
-    """kill -9 inside the saving: whatever carries a final name is whole."""
+    """kill -9 inside the saving: whatever carries a final name is whole, and what was begun is cleared away."""
     draw, last = random.Random(0), 0
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(draw.uniform(0.05, 0.3))
+        assert not list(tmp_path.glob("*.unfinished"))
+        time.sleep(draw.uniform(0.1, 0.4))
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         messages: list[str] = []
         found = load_newest(tmp_path, messages.append)
         assert found is not None and messages == []
-        assert found["step"] > last and torch.equal(found["w"], torch.full((200_000,), float(found["step"])))
-        best = load_checkpoint(tmp_path / "best.pt")["step"]
-        assert best % 3 == 0 and found["step"] - 2 <= best <= found["step"] + 1  # never an old best
-        last = found["step"]
+        step = found[1]["step"]
+        assert step > last and torch.equal(load_tensors(found[0])["w"], torch.full((200_000,), float(step)))
+        best = tmp_path / json.loads((tmp_path / "best.json").read_text())["folder"]
+        assert load_plain(best)["step"] % 3 == 0 and step - 3 <= load_plain(best)["step"] <= step
+        last = step

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from dtm_triton.train.config.checks import check
 
 
@@ -61,12 +63,22 @@ class RunConfig:
     """"auto": a GPU where there is one."""
     threads: int | None = None
     """CPU threads of PyTorch. The same number gives the same bits; by default what PyTorch chooses."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """Over several processes: whole weights in each ("ddp"), or weights, gradients and moments divided ("fsdp")."""
+    compile: bool = False
+    """torch.compile the blocks of student and teacher."""
+    activation_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass: less memory, about a third more time."""
+    timeout_minutes: float = 10.0
+    """How long a process waits for the others before it gives up: a host that vanished is noticed after this."""
     deterministic: bool = False
     """Only deterministic GPU operations: the same bits in every run, slower."""
     log_every: int = 10
-    """Steps between log lines; a non-finite loss is noticed there."""
+    """Steps between log lines; losses that are not finite or jump, and unreadable images, are told there."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; the newest two are kept, and the best."""
+    keep_every: int = 0
+    """Epochs between checkpoints that are never removed; 0 keeps none for good."""
     evaluate_every: int = 0
     """Epochs between evaluations; 0 evaluates at the end only."""
 
@@ -74,6 +86,12 @@ class RunConfig:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "checkpoint_every"):
             check(f"run.{name}", getattr(self, name), getattr(self, name) >= 1, "positive")
         check("run.threads", self.threads, self.threads is None or self.threads >= 1, "positive or None")
-        check("run.evaluate_every", self.evaluate_every, self.evaluate_every >= 0, "0 or more")
+        for name in ("evaluate_every", "keep_every"):
+            check(f"run.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check("run.timeout_minutes", self.timeout_minutes, self.timeout_minutes > 0, "positive")
         whole = self.batch_size % self.accumulate == 0
         check("run.batch_size", self.batch_size, whole, f"a multiple of run.accumulate {self.accumulate}")
+
+    def half_precision(self, device: torch.device) -> bool:
+        """Whether activations on `device` are bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")

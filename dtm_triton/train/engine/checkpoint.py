@@ -1,21 +1,29 @@
-"""Checkpoints that a kill at any moment cannot spoil: written beside, flushed to disk, then renamed.
+"""Checkpoints that a kill at any moment cannot spoil: folders written beside, verified, then renamed.
 
-A run keeps its two newest `step_*.pt`; `best.pt` is the one of the best evaluation. A file is one dictionary of tensors
-and plain values, read with weights_only=True after its checksums were verified.
+`step_000000123/` holds the tensors in safetensors files, as many as processes wrote (torch.distributed.checkpoint: they
+can be read by any number of processes), and `state.json`: plain values, and size and checksum of every file. Under this
+name a folder is complete. Nothing in it is code, and nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import zipfile
+import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
-KEPT = 2  # the newest, and the one before it in case the newest is damaged
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is nothing to warn of
+
+STATE = "state.json"
+CHUNK = 1 << 24  # bytes of a file read at once
 
 
 class FolderError(ValueError):
@@ -46,84 +54,120 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name must reach the disk too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush_folder(path.parent)
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, best: bool = False) -> Path:
-    """Write `step_<step>.pt`, make it `best.pt` too when told, and remove all but the newest two.
+def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
+    """Complete a folder of safetensors files: `state.json`, everything on the disk, its final name.
 
-    >>> import tempfile
-    >>> folder = Path(tempfile.mkdtemp())
-    >>> for step in (1, 2, 3):
-    ...     path = save_checkpoint(folder, step, {"step": step}, best=step == 1)
-    >>> sorted(file.name for file in folder.iterdir())
-    ['best.pt', 'step_000000002.pt', 'step_000000003.pt']
+    plain: what JSON can hold, kept beside the tensors.
     """
-    path, content = folder / f"step_{step:09d}.pt", dict(state)
-    if best:  # before the step's own name: a kill in between repeats both, and never leaves an old best behind
-        write_atomically(folder / "best.pt", lambda file: torch.save(content, file))
-    if not (best and _link(folder / "best.pt", path)):
-        write_atomically(path, lambda file: torch.save(content, file))
-    for old in saved_steps(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
-    return path
+    files = {}
+    for file in sorted(unfinished.glob("*.safetensors")):
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+        files[file.name] = [file.stat().st_size, _checksum(file)]
+    text = json.dumps({"files": files, **plain}, indent=1)
+    write_atomically(unfinished / STATE, lambda file: file.write(text.encode() + b"\n"))
+    os.replace(unfinished, path)
+    flush_folder(path.parent)
 
 
-def _link(source: Path, path: Path) -> bool:
-    """Give a file a second name, atomically; False on file systems without links."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        unfinished.unlink(missing_ok=True)
-        os.link(source, unfinished)
-        os.replace(unfinished, path)
-    except OSError:
-        return False
-    return True
-
-
-def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, on the CPU; None when the folder holds none.
+def load_newest(folder: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """Path and plain values of the newest checkpoint that is whole; None when the folder holds none.
 
     A damaged one is reported and the one before it taken: training goes on from there, to the same end.
-    Raises CheckpointError when there are some and none can be read: starting from zero would hide the loss.
+    Raises CheckpointError when there are some and none can be used: starting from zero would hide the loss.
     """
     paths = saved_steps(folder)
     for path in paths:
         try:
-            return load_checkpoint(path)
+            return path, load_plain(path)
         except CheckpointError as error:
             report(f"{error}; trying the checkpoint before it")
-    if paths:
-        names = [path.name for path in paths]
+    old = sorted(folder.glob("step_*.pt")) if folder.is_dir() else []
+    if paths or old:
+        names = [path.name for path in [*paths, *old]]
         raise CheckpointError(f"none of {names} in {str(folder)!r} can be read; remove them to start over")
     return None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """One checkpoint, on the CPU. Raises CheckpointError when it is damaged or of another kind."""
+def load_plain(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint. Raises CheckpointError when it is damaged or of another kind."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # PyTorch itself does not compare the checksums
-        if damaged is not None:
-            raise CheckpointError(f"checkpoint {str(path)!r} is damaged in {damaged!r}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = json.loads((path / STATE).read_bytes())
+        for name, (size, checksum) in state["files"].items():
+            file = path / name
+            if file.stat().st_size != size or _checksum(file) != checksum:
+                raise CheckpointError(f"checkpoint {str(path)!r} is damaged in {name!r}")
     except CheckpointError:
         raise
-    except (
-        Exception
-    ) as error:  # what PyTorch, zipfile and pickle raise for damaged or foreign files has no narrower class
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state.get("step"), int):
         raise CheckpointError(f"checkpoint {str(path)!r} is not one of a training run")
     return state
 
 
+def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, whole ones or this process's shards, from a checkpoint; all processes that hold shards call it.
+
+    Raises CheckpointError when names or shapes differ from the checkpoint's.
+    """
+    saved = tensor_shapes(path)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))
+    if wrong:
+        shown = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in wrong[:5])
+        raise CheckpointError(f"checkpoint {str(path)!r} does not fit in {len(wrong)} tensors: {shown}")
+    dcp.load(
+        tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not torch.distributed.is_initialized()
+    )
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, on the CPU; in this process alone."""
+    metadata = _metadata(path)
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
+    dcp.load(tensors, storage_reader=_reader(path), no_dist=True)
+    return tensors
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors."""
+    return {name: tuple(entry.size) for name, entry in _metadata(path).items()}
+
+
 def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first."""
+    """The complete checkpoints of a folder, newest first."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d+\.pt", path.name)), reverse=True)
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d+", path.name)), reverse=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reader(path: Path) -> Any:
+    return dcp.HuggingFaceStorageReader(str(path))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        return _reader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # safetensors' own class, and what its header's JSON gives rise to
+        raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK):
+            value = zlib.crc32(data, value)
+    return value

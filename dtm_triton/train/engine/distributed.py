@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,31 @@ class Processes:
             values /= self.count
         return values
 
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, in the processes' order; all must call it."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the processes' order, on the CPU; their number may differ."""
-        if self.count == 1:
-            return rows
-        parts: list[Tensor] = [rows] * self.count
-        dist.all_gather_object(parts, rows.cpu())
-        return torch.cat(parts)
+        return rows if self.count == 1 else torch.cat(self.gather(rows.cpu()))
+
+    def from_first(self, work: Callable[[], Value], refusal: type[Exception]) -> Value:
+        """What `work` gives in the first process, in all of them; a `refusal` it raises is raised in all."""
+        result: list[Any] = [None, None]
+        if self.first:
+            try:
+                result[0] = work()
+            except refusal as error:
+                result[1] = error
+        if self.count > 1:
+            dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -52,9 +73,10 @@ class Processes:
 
 
 @contextmanager
-def join_processes(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[Processes]:
     """Join the processes that torchrun started, gloo on CPUs and nccl on GPUs; without torchrun be the only one.
 
+    timeout_minutes: how long one process waits for the others before it gives up.
     Raises ValueError when a GPU is asked for and there is none.
     """
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -64,8 +86,8 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
     if count == 1:
         yield Processes(device=place)
         return
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))  # one process may train a demo's teacher meanwhile
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Processes(rank=rank, count=count, device=place)
     finally:

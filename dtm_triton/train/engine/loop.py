@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from dtm_triton.train.config import DataConfig, OptimizerConfig, RunConfig
 from dtm_triton.train.data.batches import Batch, EvaluationBatches, MicroBatches, evaluation_loader, training_loader
-from dtm_triton.train.data.draws import Draw, fold
+from dtm_triton.train.data.draws import fold
 from dtm_triton.train.data.images import open_images
-from dtm_triton.train.engine.checkpoint import CheckpointError, FolderError, load_newest, save_checkpoint
+from dtm_triton.train.engine.checkpoint import CheckpointError, FolderError, load_into, load_newest
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Logbook, Metrics
 from dtm_triton.train.engine.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
-from dtm_triton.train.engine.run_folder import hold_folder, refuse_changes, write_config
-from dtm_triton.train.engine.stop import Stopped, StopRequest
+from dtm_triton.train.engine.parallel import Parallel
+from dtm_triton.train.engine.run_folder import changes_of_bits, hold_folder, refuse_changes, write_config
+from dtm_triton.train.engine.saver import Saver
+from dtm_triton.train.engine.skipped import SkippedImages
+from dtm_triton.train.engine.state import fingerprint, training_tensors
+from dtm_triton.train.engine.stop import Agreement, Stopped, StopRequest
+from dtm_triton.train.engine.watch import Watch
 from dtm_triton.train.objectives.objective import Objective
 
 TRAIN_SHARE = 20_000  # training images an evaluation looks at, at most
@@ -45,13 +47,12 @@ class Trainer:
         objective: see `Objective`; it is moved to the device.
         data, optimizer, run: the configuration.
         processes: this process among those of the run.
-        draws: random numbers every image of a batch comes with, by name.
         resolved: the whole configuration as JSON; a run only goes on with the one it began with.
         title: what people see in front of the progress.
 
     Raises:
-        FolderError: data that is missing or empty, checkpoints that cannot be read, a configuration or data other than
-            what the folder's run began with.
+        FolderError: data that is missing or empty, checkpoints that cannot be read, a configuration, data or a teacher
+            other than what the folder's run began with.
         ValueError: a batch size that cannot be divided, or is larger than the data.
     """
 
@@ -63,7 +64,6 @@ class Trainer:
         optimizer: OptimizerConfig,
         run: RunConfig,
         processes: Processes,
-        draws: Mapping[str, Draw],
         resolved: str,
         title: str,
     ) -> None:
@@ -77,121 +77,140 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
         images = open_images(data, "train")
         assert images is not None
-        self.fingerprint = images.fingerprint
-        self.batches = MicroBatches(images, data, run, processes, draws)
+        self.batches = MicroBatches(images, data, run, processes, objective.draws())
         self.test = open_images(data, "test")
         self.total = run.epochs * self.batches.steps_per_epoch
         self.warmup = round(optimizer.warmup_epochs * self.batches.steps_per_epoch)
+        self.skipped = SkippedImages(images.name, len(images.labels), data.max_corrupt)
 
+        self.origin = {"images": images.fingerprint, "teacher": fingerprint(getattr(objective, "teacher", None))}
         self.objective = objective
         objective.to(self.device).train()
+        self.parallel = Parallel(objective, run, processes)
         self.optimizer = build_optimizer(objective.network, optimizer)
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.step, self.best = 0, -math.inf
-        self.bad_step = torch.full((), -1, device=self.device)  # first step whose gradient was not finite
+        self.watch = Watch(self.device)
         self.sums: dict[str, Tensor] = {}  # metrics since the last log line
         self.summed = 0
         self._restore()
         if processes.first:
             write_config(run.folder, resolved)
-        self.parallel: Any = objective
-        if processes.count > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
 
     def fit(self) -> Metrics:
         """Train to the end and evaluate; returns the last evaluation, empty without held-out images.
 
-        Raises Stopped after Ctrl-C or SIGTERM, FloatingPointError for a loss that is not finite: see the module.
+        Raises Stopped after Ctrl-C or SIGTERM, FloatingPointError for a loss that is not finite: see the module;
+        FolderError when too many images are unreadable, or checkpoints cannot be written again and again.
         """
         if self.step == self.total:
             return self._evaluate()
         run, per_epoch = self.run, self.batches.steps_per_epoch
-        pin = self.device.type == "cuda"
-        loader = training_loader(self.batches, self.step, self.total, self.workers, pin)
+        loader = training_loader(self.batches, self.step, self.total, self.workers, pin=self.device.type == "cuda")
         last: Metrics = {}
         book = Logbook(run.folder, self.title, self.step, self.total, self.processes.first)
         held = hold_folder(run.folder) if self.processes.first else nullcontext()
         with held, StopRequest() as stop, book, loader as incoming:
+            agreement, saver = Agreement(self.processes), Saver(run.folder / "checkpoints", self.processes)
             since, logged = time.monotonic(), self.step
             while self.step < self.total:
                 self._train_step(incoming)
+                leaving = agreement.exchange(stop.number)
                 end = self.step == self.total
                 epoch = self.step // per_epoch if self.step % per_epoch == 0 else 0
-                leaving = stop.number if self.processes.count == 1 else 0  # several leave together, at a log line
                 if self.step % run.log_every == 0 or end:
-                    metrics, heard = self._collect(stop.number)
-                    leaving = leaving or heard
+                    metrics = self._collect(book, saver)
                     now = time.monotonic()
                     metrics["images_per_second"] = (self.step - logged) * run.batch_size / (now - since)
                     since, logged = now, self.step
                     book.write(self.step, metrics)
-                due = end or (epoch and run.evaluate_every and epoch % run.evaluate_every == 0)
-                if due and (last := self._evaluate()):
+                if (end or _due(epoch, run.evaluate_every)) and (last := self._evaluate()):
                     book.write(self.step, last)
                 score = last.get(self.objective.judged_by, -math.inf)
                 improved, self.best = score > self.best, max(score, self.best)
-                if end or improved or leaving or self.step % run.checkpoint_every == 0:
-                    self._save(improved)
-                if leaving:
+                kept = _due(epoch, run.keep_every)
+                if end or improved or leaving or kept or self.step % run.checkpoint_every == 0:
+                    self._save(saver, book, improved, f"end of epoch {epoch}" if kept else "")
+                if leaving and not end:
+                    _finish(saver, book)
                     book.say(
                         f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here"
                     )
                     raise Stopped(leaving)
+            agreement.finish()
+            if trouble := saver.finish():
+                raise FolderError(f"the last {trouble}")
         return last
+
+    def whole_network(self) -> nn.Module:
+        """The trained network with all its weights, to export; every process must call it."""
+        return self.parallel.whole_network()
 
     def _train_step(self, loader: Iterator[Batch]) -> None:
         run, parts = self.run, self.run.accumulate
+        total = torch.zeros((), device=self.device)
         for part in range(parts):
-            batch = self._receive(next(loader))
+            batch = next(loader)
+            self.skipped.note(batch.pop("skipped"))
+            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             self.objective.seed_draws(run.seed, self.step, self.processes.rank)
             torch.manual_seed(fold(run.seed, "network", self.step, part, self.processes.rank))  # drop path
-            waits = self.processes.count > 1 and part < parts - 1
-            quiet: AbstractContextManager[Any] = self.parallel.no_sync() if waits else nullcontext()
-            with quiet:
+            with self.parallel.backward_of(last=part == parts - 1):
                 with self._autocast():
                     results = self.parallel(batch)
                 loss = results["loss"]
                 # a loss that is not finite may have a finite gradient: make sure that it has not
                 (loss * torch.where(loss.detach().isfinite(), 1 / parts, float("nan"))).backward()
+            total += loss.detach() / parts
             self._add({name: value.detach().float() / parts for name, value in results.items()})
         norm = clip_gradient(self.parameters, self.optim.clip_norm)
         self._add({"grad_norm": norm})
-        self.bad_step = torch.where((self.bad_step < 0) & ~norm.isfinite(), self.step, self.bad_step)
+        broken = self.watch.look(self.step, total, norm)
         lr = learning_rate(self.step, self.total, self.warmup, self.optim)
-        guarded_step(self.optimizer, lr, (self.bad_step >= 0).float())
+        guarded_step(self.optimizer, lr, broken)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.summed += 1
-
-    def _receive(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        self.objective.after_step(self.step / self.total)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        auto = self.run.precision == "auto" and self.device.type == "cuda"
-        enabled = auto or self.run.precision == "bfloat16"
+        enabled = self.run.half_precision(self.device)
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _collect(self, stop: int) -> tuple[Metrics, int]:
-        """Means since the last call over all processes, and the signal that any of them received: the one sync."""
+    def _means(self) -> dict[str, float]:
+        """Of the metrics since the last log line, over all processes."""
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.summed
-        extra = means.new_tensor([float(stop)])
-        values = self.processes.mean(torch.cat([means, extra])).tolist()
+        stacked = torch.stack([self.sums[name].double() for name in names]) / self.summed
+        return dict(zip(names, self.processes.mean(stacked).tolist(), strict=True))
+
+    def _collect(self, book: Logbook, saver: Saver) -> Metrics:
+        """Means since the last call, and what people must know: the one place of a step where the host waits."""
+        means = self._means()
         self._check_finite()
         self.sums, self.summed = {}, 0
-        metrics = dict(zip(names, values, strict=False))
-        metrics["lr"] = learning_rate(self.step - 1, self.total, self.warmup, self.optim)
-        metrics["epoch"] = self.step / self.batches.steps_per_epoch
-        heard = values[-1] > 0 and (stop or signal.SIGTERM)
-        return metrics, int(heard)
+        found = self.processes.gather((self.watch.spike(), sorted(self.skipped.fresh)))
+        if news := self.skipped.tell(number for _, numbers in found for number in numbers):
+            book.say(news)
+        if spikes := [spike for spike, _ in found if spike is not None]:
+            self._tell_spike(min(spikes), book, saver)
+        metrics = {**means, "lr": learning_rate(self.step - 1, self.total, self.warmup, self.optim)}
+        if self.skipped.known:
+            metrics["skipped_images"] = float(len(self.skipped.known))
+        return {**metrics, "epoch": self.step / self.batches.steps_per_epoch}
+
+    def _tell_spike(self, spike: tuple[int, float, float], book: Logbook, saver: Saver) -> None:
+        if self.processes.first:
+            step, loss, usual = spike
+            text = f"loss {loss:.4g} at step {step} where {usual:.4g} was usual"
+            kept = saver.protect(step, text)
+            book.say(f"{self.title.strip()}: {text}; " + (f"{kept.name} before it is kept" if kept else "none is kept"))
 
     def _check_finite(self) -> None:
-        bad = int(self.bad_step)
+        bad = self.watch.bad_step()
         if bad >= 0:
             raise FloatingPointError(
                 f"loss or gradient not finite at step {bad} of {self.title}; nothing was updated since, the last good "
@@ -208,43 +227,59 @@ class Trainer:
         loaders = [evaluation_loader(batches, self.workers) for batches in chosen]
         return self.objective.evaluate(loaders[0], loaders[1], self.processes)
 
-    def _save(self, best: bool) -> Path | None:
+    def _save(self, saver: Saver, book: Logbook, best: bool, why: str) -> None:
         self._check_finite()
-        if not self.processes.first:
-            return None
-        everything = self.objective.state_dict()
-        weights = {name: value for name, value in everything.items() if not name.startswith("teacher.")}
-        state = {
+        plain = {
             "step": self.step,
-            "objective": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "sums": self.sums,
+            "sums": {name: mean * self.summed for name, mean in self._means().items()} if self.summed else {},
             "summed": self.summed,
-            "best": self.best,
+            "usual_loss": self.processes.mean(self.watch.usual).tolist(),
+            "skipped": sorted(self.skipped.known),
+            "best": None if self.best == -math.inf else self.best,
             "config": self.resolved,
-            "images": self.fingerprint,
             "processes": self.processes.count,
+            **self.origin,
         }
-        return save_checkpoint(self.run.folder / "checkpoints", self.step, state, best=best)
+        tensors = training_tensors(self.objective, self.optimizer)
+        if trouble := saver.save(self.step, tensors, plain, best=best, why=why):
+            book.say(trouble)
 
     def _restore(self) -> None:
         folder = self.run.folder / "checkpoints"
-        state = load_newest(folder, print)
-        step = state["step"] if state else 0
-        if self.processes.mean(torch.tensor(step, dtype=torch.float64, device=self.device)).item() != step:
-            raise CheckpointError(f"processes found different checkpoints in {str(folder)!r}; it must be shared")
-        if state is None:
+        found = self.processes.from_first(lambda: load_newest(folder, print), FolderError)
+        if found is None:
             return
+        path, state = found
+        unseen = torch.tensor(0.0 if path.is_dir() else 1.0, device=self.device)
+        if self.processes.mean(unseen).item() > 0:
+            raise CheckpointError(f"not all processes see {str(path)!r}: run.folder must be shared by all hosts")
         refuse_changes(self.run.folder, state["config"], self.resolved)
-        if state["images"] != self.fingerprint:
-            raise FolderError(f"data must be the {state['images']} that the run began with, got {self.fingerprint}")
-        if state["processes"] != self.processes.count and self.processes.first:
-            print(f"{state['processes']} processes before, {self.processes.count} now: equal to rounding, not in bits")
-        missing, unexpected = self.objective.load_state_dict(state["objective"], strict=False)
-        if unexpected or any(not name.startswith("teacher.") for name in missing):
-            raise CheckpointError(f"checkpoint in {str(folder)!r} does not fit: {missing=}, {unexpected=}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.best, self.summed = step, state["best"], state["summed"]
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        for kind, name in (("images", "data"), ("teacher", "teacher.weights")):
+            if state[kind] != self.origin[kind]:
+                raise FolderError(f"{name} must be the {state[kind]} that the run began with, got {self.origin[kind]}")
+        load_into(path, training_tensors(self.objective, self.optimizer))
+        self.step, self.summed = state["step"], state["summed"]
+        self.best = -math.inf if state["best"] is None else state["best"]
+        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()}
+        self.watch.usual.copy_(torch.tensor(state["usual_loss"]))
+        self.skipped.known.update(state["skipped"])
         if self.processes.first:
-            print(f"{self.title.strip()}: goes on from step {step} of {self.total}")
+            _tell_resumption(self, state)
+
+
+def _tell_resumption(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    changed = changes_of_bits(state["config"], trainer.resolved)
+    if state["processes"] != trainer.processes.count:
+        changed.append(f"processes: {state['processes']} -> {trainer.processes.count}")
+    note = f", not to the same bits ({'; '.join(changed)})" if changed else ""
+    print(f"{trainer.title.strip()}: goes on from step {trainer.step} of {trainer.total}{note}")
+
+
+def _due(epoch: int, every: int) -> bool:
+    """Whether something that happens every so many epochs does at the end of this one; 0 is no epoch's end."""
+    return bool(epoch and every and epoch % every == 0)
+
+
+def _finish(saver: Saver, book: Logbook) -> None:
+    if trouble := saver.finish():
+        book.say(trouble)

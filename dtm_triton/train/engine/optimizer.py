@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dtm_triton.train.config import OptimizerConfig
 
@@ -65,7 +66,8 @@ def learning_rate(step: int, total: int, warmup: int, config: OptimizerConfig) -
 
 def clip_gradient(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> Tensor:
     """Norm of the gradient before clipping, a scalar on its device; nothing waits for it."""
-    return nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded parameters give a sharded norm
 
 
 def guarded_step(optimizer: torch.optim.AdamW, lr: float, broken: Tensor) -> None:

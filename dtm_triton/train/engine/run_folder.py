@@ -13,7 +13,11 @@ from typing import Any
 from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
 
 # these may change when a run goes on: they touch neither a weight nor a result
-FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "data.workers"}
+FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "run.keep_every", "run.timeout_minutes"}
+FREE_AT_RESUME |= {"data.workers", "data.max_corrupt"}
+# these may change too, and change bits: the same arithmetic in another order (drop path draws anew with some)
+SAME_BUT_FOR_BITS = {"run.strategy", "run.compile", "run.activation_checkpointing", "run.accumulate"}
+SAME_BUT_FOR_BITS |= {"run.threads", "run.deterministic"}
 
 
 @contextmanager
@@ -81,7 +85,19 @@ def differences(saved: str, current: str) -> list[str]:
     ['run.seed: 0 -> 1']
     """
     before, after = _flatten(json.loads(saved)), _flatten(json.loads(current))
-    names = [name for name in {**before, **after} if name not in FREE_AT_RESUME]
+    free = FREE_AT_RESUME | SAME_BUT_FOR_BITS
+    names = [name for name in {**before, **after} if name not in free]
+    return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
+
+
+def changes_of_bits(saved: str, current: str) -> list[str]:
+    """The fields that changed between two configurations and let the run go on, though not to the same bits.
+
+    >>> changes_of_bits('{"run": {"compile": false}}', '{"run": {"compile": true}}')
+    ['run.compile: False -> True']
+    """
+    before, after = _flatten(json.loads(saved)), _flatten(json.loads(current))
+    names = sorted(SAME_BUT_FOR_BITS)
     return [f"{n}: {before.get(n)} -> {after.get(n)}" for n in names if before.get(n) != after.get(n)]
 
 

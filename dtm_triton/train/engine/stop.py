@@ -1,10 +1,15 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave with the exit code the shell expects."""
+"""Ctrl-C and SIGTERM: finish the step, save, leave with the exit code the shell expects; several processes together."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtm_triton.train.engine.distributed import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,3 +48,37 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
+
+
+class Agreement:
+    """Every process hands in a number at every step and learns the largest of the step before, all the same.
+
+    So all leave at the same step, one later than they were asked to. The exchange runs on CPUs while the step is
+    computed: no GPU is waited for.
+
+    >>> agreement = Agreement(Processes())
+    >>> agreement.exchange(0), agreement.exchange(15)
+    (0, 15)
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.group: Any = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self.pending: tuple[Any, torch.Tensor] | None = None
+
+    def exchange(self, number: int) -> int:
+        """Hand in `number`; one process gets it back, several the largest of the call before."""
+        if self.group is None:
+            return number
+        heard = self.finish()
+        tensor = torch.tensor(number)
+        self.pending = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True), tensor
+        return heard
+
+    def finish(self) -> int:
+        """What the last exchange gave; nothing is left under way."""
+        if self.pending is None:
+            return 0
+        work, tensor = self.pending
+        self.pending = None
+        work.wait()
+        return int(tensor)
