@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def look_through_triton_once_a_launch() -> None:
+    """A third of the interpreter's time goes into patching Triton's language, all of it, in every call of a device
+    function. What one launch has patched stays patched until it ends: once for every module of kernels is enough."""
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set()
+
+    class Launch:
+        def __init__(self, scope: Any) -> None:
+            self.scope = scope
+
+        def restore(self) -> None:
+            patched.clear()
+            self.scope.restore()
+
+    def patch_once(function: Any) -> Any:
+        if function.__module__ in patched:
+            return None
+        scope = patch(function)
+        outermost = not patched
+        patched.add(function.__module__)
+        return Launch(scope) if outermost else scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    look_through_triton_once_a_launch()
 
 
 # A shell's background job ignores Ctrl-C, and so would every process that the tests start and interrupt.

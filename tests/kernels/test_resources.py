@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import triton
 
 TABLE = json.loads((Path(__file__).parent / "resources.json").read_text())
@@ -48,13 +47,28 @@ MORE = SAME if VERSION in TABLE else OTHER
 another one the nearest recorded version stands in, and only a gross change is a failure."""
 
 
-def resources(cache: Path, *arguments: str) -> Any:
-    """What `python -m dtm_triton.kernels.resources` prints, compiled afresh."""
+CHILD = """
+import json, sys
+from dtm_triton.kernels import resources
+few = resources.measure(resources.launches("sm_90")["match-bf16-196 match"], "sm_90", maxnreg=64)
+print(json.dumps(few), end="---")
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    resources.main()
+    print(end="---")
+"""
+"""Compiles with too few registers, then does what `python -m dtm_triton.kernels.resources` does, several times."""
+
+
+def compile_afresh(cache: Path, commands: list[list[str]]) -> tuple[Any, list[Any]]:
+    """The figures of matching with too few registers, and what the commands print: one process imports PyTorch once."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dtm_triton.kernels.resources", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(commands)], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    few, *printed = run.stdout.split("---")[:-1]
+    return json.loads(few), [json.loads(part) for part in printed]
 
 
 def nearest() -> Any:
@@ -62,24 +76,24 @@ def nearest() -> Any:
     return TABLE[min(TABLE, key=lambda known: abs(int(known.split(".")[1]) - int(VERSION.split(".")[1])))]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_resources(target: str, tmp_path: Path) -> None:
-    only = COMPILED[target]
-    recorded, found = nearest()[target], resources(tmp_path, "--target", target, "--only", *only)[VERSION][target]
-    assert len(found) >= len(only), "a name stands for nothing"
-    for name, figures in found.items():
-        assert figures["loop_spills"] == 0, f"{name} spills inside a loop: {figures}"
-        for what, extra in MORE.items():
-            assert figures[what] <= recorded[name][what] + extra, f"{name}: {what} of {figures}, was {recorded[name]}"
-
-
-def test_the_table_holds_every_launch(tmp_path: Path) -> None:
-    """What the launchers launch today, at the settings shipped, has been recorded: for each target its own."""
-    names = resources(tmp_path, "--names")
+def test_resources(tmp_path: Path) -> None:
+    """Three things that one process compiles: what is compiled again uses no more than the table says; the table holds
+    every launch of today; and too few registers make matching spill inside its iterations: the check can fail."""
+    chosen = [["--target", target, "--only", *COMPILED[target]] for target in TARGETS]
+    few, (names, *tables) = compile_afresh(tmp_path, [["--names"], *chosen])
+    assert few["loop_spills"] > 0 and few["stack"] > 0
     for version, targets in TABLE.items():
         assert targets.keys() == set(TARGETS)
         for target, launches in targets.items():
             assert launches.keys() == set(names[target]), f"record the table again: {target}, Triton {version}"
+    for target, table in zip(TARGETS, tables, strict=True):
+        recorded, found = nearest()[target], table[VERSION][target]
+        assert len(found) >= len(COMPILED[target]), f"{target}: a name stands for nothing"
+        for name, figures in found.items():
+            where = f"{name} on {target}: {figures}, was {recorded[name]}"
+            assert figures["loop_spills"] == 0, f"spills inside a loop: {where}"
+            for what, extra in MORE.items():
+                assert figures[what] <= recorded[name][what] + extra, f"more {what}: {where}"
 
 
 def test_the_table_has_no_stack() -> None:
@@ -94,18 +108,3 @@ def test_the_table_has_no_stack() -> None:
                     used.add(name)
                     assert name in STACK and figures["stack"] <= OUTSIDE_LOOPS, where
     assert used == STACK.keys(), "what uses no stack needs no excuse"
-
-
-def test_a_spill_in_a_loop_is_found(tmp_path: Path) -> None:
-    """Too few registers make matching spill inside its iterations: the check above can fail."""
-    code = """
-import json
-from dtm_triton.kernels import resources
-launch = resources.launches("sm_90")["match-bf16-196 match"]
-print(json.dumps(resources.measure(launch, "sm_90", maxnreg=64)))
-"""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
-    figures = json.loads(run.stdout)
-    assert figures["loop_spills"] > 0 and figures["stack"] > 0

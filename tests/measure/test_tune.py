@@ -192,22 +192,20 @@ def test_measured_entries_replace_ranked_ones_and_never_the_other_way() -> None:
         tuned_table.merged({"source": tuned_table.MEASURED, "settings": {}}, {"source": tuned_table.RANKED}, [entry])
 
 
-def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "dtm_triton.measure.tune", *arguments]
-    return subprocess.run(program, capture_output=True, text=True, env=environment)
-
-
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    run = command(tmp_path)
-    assert run.returncode != 0 and "PyTorch sees no GPU" in run.stderr and "--dry-run" in run.stderr
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tune.main([])
+    printed = capsys.readouterr().err
+    assert ended.value.code and "PyTorch sees no GPU" in printed and "--dry-run" in printed
 
 
 def test_a_dry_run_ranks_by_compiled_resources(tmp_path: Path) -> None:
     """Everything in its place; nothing is written that is not better by more than an opinion."""
     path = tmp_path / "sm_90.json"
     shape = ("--op", "unmerge", "--batch", "2", "--tokens", "16", "--channels", "16")
-    run = command(tmp_path, "--dry-run", "--target", "sm_90", *shape, "--write", str(path))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    words = (sys.executable, "-m", "dtm_triton.measure.tune", "--dry-run", "--target", "sm_90", *shape)
+    run = subprocess.run([*words, "--write", str(path)], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "sm_90: ranked by compiled resources, not measured" in run.stdout
     rows = re.findall(
