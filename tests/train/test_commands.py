@@ -18,7 +18,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import STUDENT, tiny_config
+from tiny import STUDENT, final_state, tiny_config
 
 from dtm_triton.train import finetune as finetune_command
 from dtm_triton.train import pretrain as pretrain_command
@@ -33,7 +33,7 @@ from dtm_triton.train.probe import exported_features, probe
 from dtm_triton.train.recipes import finetune_demo
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("pretrain", "finetune", "probe", "demo")
+SCRIPTS = ("pretrain", "finetune", "probe", "demo", "bench", "shard", "loader_bench", "plan")
 TINY = {
     "recipe": "demo",
     "student.model-kwargs.embed-dim": 24,
@@ -102,10 +102,10 @@ def test_finetuning_takes_the_pretrained_student(pretrained: Path, tmp_path: Pat
         run=replace(base.run, folder=tmp_path / "kept", epochs=1, threads=1, log_every=1),
     )
     assert finetune(config, Processes()).keys() == {"accuracy"}
-    state = torch.load(next((tmp_path / "kept" / "checkpoints").glob("step*.pt")), weights_only=True)["objective"]
+    state = final_state(tmp_path / "kept")
     exported = load_file(pretrained / "student" / "model.safetensors")
     for name in ("blocks.1.mlp.fc1.weight", "norm.weight"):
-        torch.testing.assert_close(state[f"network.backbone.{name}"], exported[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(state[f"objective.network.backbone.{name}"], exported[name], rtol=0, atol=1e-6)
     assert (tmp_path / "kept" / "curves.png").is_file()
 
 
@@ -140,7 +140,7 @@ def test_scripts_run_from_a_bare_checkout(tmp_path: Path) -> None:
     """`python train/probe.py` imports the package from its own checkout, even where another one is installed."""
     shutil.copytree(ROOT / "dtm_triton", tmp_path / "dtm_triton", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "train").symlink_to("dtm_triton/train")
-    with open(tmp_path / "dtm_triton" / "train" / "recipes.py", "a") as file:
+    with open(tmp_path / "dtm_triton" / "train" / "recipes" / "__init__.py", "a") as file:
         file.write('PROBE["of_this_checkout"] = probe_demo\n')
     words = [sys.executable, str(tmp_path / "train" / "probe.py"), "--help"]
     run = subprocess.run(words, cwd="/", env=environment(), capture_output=True, text=True, timeout=60)
@@ -197,4 +197,4 @@ def test_signals_end_the_command_cleanly(tmp_path: Path, number: int, code: int)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code, output
     assert "saved; the same command goes on from here" in output and "Traceback" not in output
-    assert list((tmp_path / "checkpoints").glob("step_*.pt"))
+    assert list((tmp_path / "checkpoints").glob("step_*/state.json"))

@@ -50,7 +50,9 @@ class Parallel:
                     _shard(module, run, processes)
         elif processes.count > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self.call = DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+            self.call = DistributedDataParallel(
+                objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.call(batch)
