@@ -60,6 +60,10 @@ def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeac
             evaluate_every=0,
             accumulate=1,
             batch_size=min(BATCH, len(images.labels)),
+            strategy="ddp",  # batch statistics and no transformer blocks: nothing to shard, compile or recompute
+            compile=False,
+            activation_checkpointing=False,
+            keep_every=0,
         ),
     )
     resolved = to_json(own)
