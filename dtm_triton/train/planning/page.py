@@ -126,11 +126,11 @@ def _memory(facts: Facts, models: list[Model]) -> list[str]:
             sizes = m.size.student_parameters, m.size.teacher_parameters
             found = arithmetic.held(*sizes, gpus, strategy, average=True)
             average = found.pop("average")
-            names = ("weights", "gradients", "moments", "teacher", "buckets")
-            cells = [number(found.get(name, 0.0) / GIGA) for name in names]
+            names = ("weights", "gradients", "moments", "teacher")
+            cells = [number(found[name] / GIGA) for name in names]
             where = "DDP, any number" if strategy == "ddp" else f"FSDP, {gpus}"
             rows.append([m.name, where, *cells, number(sum(found.values()) / GIGA), number(average / GIGA)])
-    header = ["student", "GPUs", "weights", "gradients", "Adam's moments", "teacher", "buckets", "sum"]
+    header = ["student", "GPUs", "weights", "gradients", "Adam's moments", "teacher", "sum"]
     return [
         "## Memory of each GPU, GB",
         "What is held from step to step; activations come on top (`dtm-train-bench` measures a whole step), and under "
