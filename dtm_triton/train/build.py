@@ -88,11 +88,13 @@ def build_network(kind: type[Network], config: StudentConfig, data: DataConfig, 
         try:
             state = load_state_dict(str(path), device="cpu", weights_only=True)
         except Exception as error:  # torch's, pickle's and safetensors' own kinds
-            raise FolderError(f"student.weights {str(path)!r} cannot be read as tensors only: {error}") from error
+            raise FolderError(
+                _line(f"student.weights {str(path)!r} cannot be read as tensors only: {error}")
+            ) from error
         try:
             network.load_backbone_state_dict(state)
         except ValueError as misfit:
-            raise FolderError(f"student.weights {str(path)!r} do not fit: {misfit}") from misfit
+            raise FolderError(_line(f"student.weights {str(path)!r} do not fit: {misfit}")) from misfit
     return network
 
 
@@ -129,4 +131,9 @@ def _named(section: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError, NoWeightsError) as error:
-        raise FolderError(f"{section}.{error}") from error
+        raise FolderError(_line(f"{section}.{error}")) from error
+
+
+def _line(text: str) -> str:
+    """The text on one line."""
+    return " ".join(text.split())

@@ -8,25 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Generator
 
 from dtm_triton.train import recipes
-from dtm_triton.train.build import build_student
 from dtm_triton.train.command_line import parse
 from dtm_triton.train.config import (
+    CodebookConfig,
     DataConfig,
+    DecoderConfig,
+    EmaConfig,
     FinetuneConfig,
     LossConfig,
     MaskConfig,
     OptimizerConfig,
+    ProjectorConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
     to_json,
 )
-from dtm_triton.train.data.masks import Masks
 from dtm_triton.train.engine.run_folder import differences, refuse_changes
 
+MAE, BYOL = recipes.PRETRAIN["mae_clip_vit_base"](), recipes.PRETRAIN["byol_vit_base"]()
 EVERY = {**recipes.PRETRAIN, **recipes.FINETUNE, **recipes.PROBE}
 
 
@@ -37,30 +39,6 @@ def test_recipe_is_complete(name: str) -> None:
     assert json.loads(to_json(config))["data"]["source"] in ("digits", "folder")
     if name in recipes.PRETRAIN and not name.startswith("demo"):
         assert config.run.folder == Path("runs", name)
-
-
-@pytest.mark.parametrize(("size", "width", "heads", "depth"), [("small", 384, 6, 12), ("base", 768, 12, 12)])
-def test_in1k_recipes_build_the_papers_student(size: str, width: int, heads: int, depth: int) -> None:
-    config = recipes.PRETRAIN[f"dtm_vit_{size}_patch16_in1k"]()
-    student = build_student(config.student, config.data, 512)
-    assert student.grid == (14, 14)
-    assert student.backbone.embed_dim == width
-    assert student.num_blocks == depth
-    assert student.backbone.blocks[0].attn.num_heads == heads
-    assert student.backbone.pos_embed is None
-    masks = Masks(config.mask, student.grid)
-    assert masks(masks.draw(3, generator=Generator().manual_seed(0))).sum(1).tolist() == [75, 75, 75]
-
-
-def test_in1k_recipe_holds_the_methods_numbers() -> None:
-    config = recipes.dtm_vit_base_patch16_in1k()
-    optimizer, run, loss = config.optimizer, config.run, config.loss
-    assert (run.epochs, run.batch_size) == (300, 1024)
-    assert optimizer.lr == pytest.approx(1.5e-3 * (1024 / 2048) ** 0.5)
-    assert (optimizer.final_lr, optimizer.warmup_epochs, optimizer.clip_norm) == (1e-5, 10, 3.0)
-    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.98), 1e-8, 0.05)
-    assert (loss.num_schedules, loss.max_removed, loss.max_iterations, loss.beta) == (2, 196, 14, 2.0)
-    assert recipes.dtm_vit_large_patch16_in1k().student.model_kwargs["depth"] == 24
 
 
 def test_tokenwise_twin_differs_by_morphing_alone() -> None:
@@ -94,6 +72,16 @@ def test_tokenwise_twin_differs_by_morphing_alone() -> None:
             StudentConfig(model="x", patch_size=5),
             "data.image_size must be multiples of patch 5",
         ),
+        (EmaConfig(), "momentum", 1.5, r"ema.momentum must be in 0\.\.1, got 1.5"),
+        (EmaConfig(), "blocks", 0, "ema.blocks must be positive, got 0"),
+        (DecoderConfig(), "depth", 0, "decoder.depth must be positive, got 0"),
+        (CodebookConfig(), "codes", 1, "codebook.codes must be 2 or more, got 1"),
+        (CodebookConfig(), "momentum", 1.0, r"codebook.momentum must be in 0\.\.1, got 1.0"),
+        (ProjectorConfig(), "features", 0, "projector.features must be positive, got 0"),
+        (recipes.demo(), "method", "byol", 'teacher.kind must be "ema" for method "byol", got \'conv\''),
+        (BYOL, "method", "beit_v2", 'teacher.kind must be "timm" or "conv" for method "beit_v2", got \'ema\''),
+        (BYOL, "loss", LossConfig(on="masked"), "mask.masked must be positive when only masked tokens are compared"),
+        (MAE, "mask", MaskConfig(kind="random", masked=196), 'mask.masked must be below 196, .* for method "mae"'),
         (recipes.finetune_demo(), "label_smoothing", 1.0, "label_smoothing must be"),
         (recipes.probe_demo(), "neighbours", 0, "neighbours must be positive, got 0"),
     ],
@@ -106,7 +94,10 @@ def test_bad_values_are_named(config: Any, field: str, value: Any, message: str)
 def test_every_field_has_a_docstring() -> None:
     import inspect
 
-    for kind in (DataConfig, StudentConfig, TeacherConfig, MaskConfig, LossConfig, OptimizerConfig, RunConfig):
+    nested = (EmaConfig, DecoderConfig, CodebookConfig, ProjectorConfig)
+    for kind in (
+        DataConfig, StudentConfig, TeacherConfig, MaskConfig, LossConfig, OptimizerConfig, RunConfig, *nested
+    ):  # fmt: skip
         lines = [line.strip() for line in inspect.getsource(kind).splitlines()]
         for name in kind.__dataclass_fields__:
             place = next(number for number, line in enumerate(lines) if line.startswith(f"{name}:"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import STUDENT, tiny_config, tiny_trainer
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from dtm_triton.train.build import build_student
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.draws import fold
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.optimizer import build_optimizer
 from dtm_triton.train.models.targets import ConvTargets
@@ -69,6 +71,23 @@ def test_teacher_sees_the_same_crop_unmasked_and_learns_nothing(tmp_path: Path) 
     assert all(torch.equal(value, before[name]) for name, value in objective.teacher.state_dict().items())
     assert not [p for p in objective.teacher.parameters() if p.requires_grad or p.grad is not None]
     assert not [name for name, p in objective.network.named_parameters() if p.grad is None]
+
+
+def test_weights_that_are_no_students_are_refused_by_name(tmp_path: Path) -> None:
+    data = tiny_config(tmp_path).data
+    with pytest.raises(FileNotFoundError, match=r"student\.weights '.*nowhere' does not exist"):
+        build_student(replace(STUDENT, weights=tmp_path / "nowhere"), data, 8)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"no tensors")
+    with pytest.raises(FolderError, match=r"student\.weights '.*' cannot be read as tensors only"):
+        build_student(replace(STUDENT, weights=path), data, 8)
+    state = build_student(STUDENT, data, 8).backbone_state_dict()
+    del state["blocks.1.norm2.bias"]
+    save_file(state, path)
+    with pytest.raises(FolderError, match=r"student\.weights '.*' do not fit: .*blocks\.1\.norm2\.bias"):
+        build_student(replace(STUDENT, weights=path), data, 8)
+    with pytest.raises(FolderError, match=r"student\.model must be the name of a timm model .* 'vit_nowhere'"):
+        build_student(replace(STUDENT, model="vit_nowhere"), data, 8)
 
 
 def test_conv_targets_are_standardised_tokens() -> None:

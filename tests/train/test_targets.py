@@ -150,7 +150,7 @@ def test_what_cannot_be_a_teacher_ends_a_command_with_one_line(
         build_targets(config, Processes())
     with pytest.raises(SystemExit) as stop:
         run_command("dtm-pretrain", lambda processes: build_targets(config, processes), "cpu")
-    assert str(stop.value.code).startswith("dtm-pretrain: teacher.")
+    assert str(stop.value.code).startswith("dtm-pretrain: teacher.") and "\n" not in str(stop.value.code)
 
 
 def test_an_empty_file_is_no_teacher_and_a_wrong_argument_a_programming_error(tmp_path: Path) -> None:
