@@ -56,13 +56,14 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path: Path) -> None:
 def test_all_steps_run_and_are_summed_up(tmp_path: Path) -> None:
     code, summary, calls = run(tmp_path, PATH=f"/usr/bin:/bin:{tmp_path}")
     assert code == 0 and summary.endswith("gpu-check: all steps passed\n") and summary.startswith("Some GPU: ")
-    for name in ("tests", "tuning", "benchmark"):
+    for name in ("tests", "tuning", "training", "benchmark"):
         assert f"\n{name}: ok in " in summary
     assert "memcheck, racecheck: skipped, compute-sanitizer is not on the PATH" in summary
-    assert [call.split()[1] for call in calls] == ["pytest", "dtm_triton.measure.tune", "dtm_triton.measure.bench"]
+    modules = ["pytest", "dtm_triton.measure.tune", "dtm_triton.train.bench", "dtm_triton.measure.bench"]
+    assert [call.split()[1] for call in calls] == modules, "the last one renders what the others wrote"
     assert " -n " not in calls[0]
     files = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert files == ["bench.log", "summary.txt", "tests.log", "tune.log"], "and four of data: eight at the most"
+    assert files == ["bench.log", "summary.txt", "tests.log"], "and five of data: eight at the most"
 
 
 def test_a_failing_step_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -82,13 +83,13 @@ def test_the_checkers_run_where_they_are(tmp_path: Path) -> None:
 
 def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:
     limited = executable(tmp_path / "timeout", '#!/bin/sh\nshift 3\nexec /usr/bin/timeout --signal=INT 1 "$@"\n')
-    code, summary, _ = run(tmp_path, PATH=f"{limited.parent}:/usr/bin:/bin", HANGS="bench")
-    assert code == 1 and "benchmark: FAILED: over its limit of 120 s" in summary and "tests: ok" in summary
+    code, summary, _ = run(tmp_path, PATH=f"{limited.parent}:/usr/bin:/bin", HANGS="measure.bench")
+    assert code == 1 and "benchmark: FAILED: over its limit of 100 s" in summary and "tests: ok" in summary
 
 
 def test_the_limits_sum_to_less_than_nine_minutes() -> None:
     limits = {name: int(limit) for name, limit in re.findall(r'step (\w+|"[^"]+") (\d+) ', SCRIPT.read_text())}
-    assert limits.keys() == {"tests", '"small calls"', '"$tool"', "tuning", "benchmark"}
+    assert limits.keys() == {"tests", '"small calls"', '"$tool"', "tuning", "training", "benchmark"}
     assert sum(limits.values()) + limits['"$tool"'] < 9 * 60, "there are two tools"
 
 

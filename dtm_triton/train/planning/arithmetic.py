@@ -27,7 +27,7 @@ def traffic(parameters: int, gpus: int, strategy: str) -> float:
 def held(parameters: int, teacher: int, gpus: int, strategy: str, *, average: bool = False) -> dict[str, float]:
     """Bytes that each GPU holds from step to step, by what they are; activations are not among them.
 
-    fsdp divides the student's over the GPUs; a frozen teacher is whole in each. ddp sends gradients from where they lie.
+    fsdp divides the student's over the GPUs; a frozen teacher is whole in each. ddp sends gradients where they lie.
 
     >>> sum(held(1000, 500, 10, "ddp").values()), sum(held(1000, 500, 10, "fsdp").values())
     (18000.0, 3600.0)
