@@ -18,16 +18,16 @@ def augment(batch: Mapping[str, Tensor]) -> Tensor:
     >>> augment({"images": images, "flip": torch.tensor([True])}).flatten().tolist()
     [1.0, 0.0]
     """
-    images = batch["images"].float() / 255
-    if "flip" in batch:
+    images = batch["images"]
+    if "flip" in batch:  # while they are bytes
         images = torch.where(batch["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
+    images = images.float().div_(255)
     if "jitter" in batch:
         brightness, contrast, saturation = batch["jitter"].view(-1, 3, 1, 1, 1).unbind(1)
-        images = (images * brightness).clamp(0, 1)
+        images.mul_(brightness).clamp_(0, 1)
         mean = _grey(images).mean((2, 3), keepdim=True)
-        images = (mean + (images - mean) * contrast).clamp(0, 1)
-        grey = _grey(images)
-        images = (grey + (images - grey) * saturation).clamp(0, 1)
+        images.lerp_(mean, 1 - contrast).clamp_(0, 1)
+        images.lerp_(_grey(images), 1 - saturation).clamp_(0, 1)
     return images
 
 

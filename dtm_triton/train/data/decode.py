@@ -15,6 +15,7 @@ import math
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,10 +23,9 @@ from torch.nn import functional as F
 from dtm_triton.train.config.data import DataConfig
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
-    Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 EVALUATION_SHARE = 0.875  # side of the centre crop over the shorter side, as is usual on ImageNet
 MOST_PIXELS = 178_956_970  # Pillow's limit, against files that unpack to more than the memory
@@ -77,8 +77,7 @@ def crop_pixels(pixels: Pixels, config: DataConfig, seed: int | None) -> Tensor:
 
 def decode(data: bytes, channels: int, turbo: bool = True) -> Pixels:
     """The whole image, uint8 [H, W, C]. Raises ImageError, or what a decoder raises."""
-    import numpy as np
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     size = jpeg_size(data) if turbo and channels in (1, 3) else None
     if size is not None and (pixels := _decode_jpeg(data, size, channels, 8)) is not None:
@@ -88,9 +87,38 @@ def decode(data: bytes, channels: int, turbo: bool = True) -> Pixels:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels or not pixels.size:
             raise ImageError(f"must be uint8 [H, W, {channels}], got {pixels.dtype} {list(pixels.shape)}")
         return pixels
-    with Image.open(io.BytesIO(data)) as file:
+    try:
+        file = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # its own text holds an address
+        raise ImageError("is not an image, or of a kind that Pillow does not know") from error
+    with file:
         pixels = np.array(with_channels(file, channels))
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def shrink(data: bytes, side: int, channels: int) -> Pixels | None:
+    """The whole image with its shorter side scaled to `side`, uint8 [H, W, C]; None when it is not larger than that.
+
+    An image that is not larger is decoded too: what this returns or leaves alone can be read. Raises ImageError.
+    """
+    try:
+        size = jpeg_size(data) if channels in (1, 3) else None
+        pixels = None
+        if size is not None:
+            eighths = _eighths((0, 0, *size), _shrunk(size, side))
+            pixels = _decode_jpeg(data, size, channels, eighths)
+        if pixels is None:
+            pixels = decode(data, channels, turbo=False)
+            size = pixels.shape[1], pixels.shape[0]
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise ImageError(f"cannot be decoded: {error}") from error
+    assert size is not None
+    if min(size) <= side:
+        return None
+    small = resize(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), _shrunk(size, side))
+    return small.permute(1, 2, 0).contiguous().numpy()
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -144,10 +172,9 @@ def centre_box(size: tuple[int, int], target: tuple[int, int], share: float = EV
 def resize(pixels: Pixels, box: Box, target: tuple[int, int]) -> Tensor:
     """The `box` of pixels [H, W, C] scaled to `target` (height, width): uint8 [C, height, width], channels last."""
     left, top, right, bottom = box
-    image = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+    image = torch.from_numpy(np.ascontiguousarray(pixels[top:bottom, left:right]))[None].permute(0, 3, 1, 2)
     if image.shape[2:] != target:
-        image = image.contiguous(memory_format=torch.channels_last)
-        image = F.interpolate(image, target, mode="bicubic", antialias=True)
+        image = F.interpolate(image, target, mode="bicubic", antialias=True)  # fast where channels lie last
     return image[0]
 
 
@@ -163,6 +190,12 @@ def _decode_jpeg(data: bytes, size: tuple[int, int], channels: int, eighths: int
         return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", **least)
     except ValueError:  # also for flaws that cost no pixel: Pillow decides
         return None
+
+
+def _shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Height and width of an image of `size` (width, height) whose shorter side becomes `side`."""
+    wide, high = (max(side, round(length * side / min(size))) for length in size)
+    return high, wide
 
 
 def _eighths(box: Box, target: tuple[int, int]) -> int:
@@ -184,8 +217,6 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     from PIL import Image
 
     if image.mode.startswith("I;16"):  # 16 bits: Pillow's conversion would cut everything above 255
-        import numpy as np
-
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ImageError(f"has pixels of mode {image.mode!r}, must have 8 or 16 bits")
