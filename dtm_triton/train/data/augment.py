@@ -21,7 +21,7 @@ def augment(batch: Mapping[str, Tensor]) -> Tensor:
     images = batch["images"]
     if "flip" in batch:  # while they are bytes
         images = torch.where(batch["flip"].view(-1, 1, 1, 1), images.flip(-1), images)
-    images = images.float().div_(255)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)  # as weights and gradients lie
     if "jitter" in batch:
         brightness, contrast, saturation = batch["jitter"].view(-1, 3, 1, 1, 1).unbind(1)
         images.mul_(brightness).clamp_(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -50,9 +51,10 @@ class Parallel:
                     _shard(module, run, processes)
         elif processes.count > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self.call = DistributedDataParallel(
-                objective, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            known = inspect.signature(DistributedDataParallel).parameters
+            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+            options: Any = {"device_ids": ids, "gradient_as_bucket_view": True, unsynced: False}
+            self.call = DistributedDataParallel(objective, **options)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.call(batch)
