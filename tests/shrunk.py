@@ -30,7 +30,7 @@ from dtm_triton.train.engine.loop import Trainer
 SIZE = (32, 48)  # of images; the grid of 8-pixel patches is (4, 6)
 PATCHES = 24
 SMALL: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3}
-FULL_SCALE = [name for name in recipes.PRETRAIN if not name.startswith("demo")]
+FULL_SCALE = [name for name in recipes.PRETRAIN if not name.startswith(("demo", "own"))]
 METHODS = {  # one recipe for every way through the objectives
     "masked": "dtm_vit_base_patch16_in1k",
     "hog": "maskfeat_vit_base",

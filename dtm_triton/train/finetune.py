@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, processes: Processes, title: str = "fine-tu
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     config = parse(recipes.FINETUNE, "finetune_demo", "dtm-finetune", argv)
-    run_command("dtm-finetune", partial(_report, config), config.run.device)
+    run_command("dtm-finetune", partial(_report, config), config.run.device, config.run.timeout_minutes)
 
 
 def _report(config: FinetuneConfig, processes: Processes) -> None:

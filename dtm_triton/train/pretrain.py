@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     config = parse(recipes.PRETRAIN, "demo", "dtm-pretrain", argv)
-    run_command("dtm-pretrain", partial(_report, config), config.run.device)
+    run_command("dtm-pretrain", partial(_report, config), config.run.device, config.run.timeout_minutes)
 
 
 def _report(config: PretrainConfig, processes: Processes) -> None:

@@ -36,7 +36,7 @@ def shrunk(name: str, images: Path, folder: Path, **run: Any) -> PretrainConfig:
     return shrink(recipes.PRETRAIN[name](), images, folder, **run)
 
 
-@pytest.mark.parametrize("name", FULL_SCALE)
+@pytest.mark.parametrize("name", [*FULL_SCALE, "own_images"])
 def test_recipe_trains_and_evaluates(name: str, images: Path, tmp_path: Path) -> None:
     config = shrunk(name, images, tmp_path)
     trainer = shrunk_trainer(config)

@@ -16,6 +16,7 @@ from dtm_triton.train.recipes.demonstration import (
     digits,
     digits_student,
     finetune_demo,
+    own_images,
     probe_demo,
 )
 from dtm_triton.train.recipes.frameworks import (
@@ -48,6 +49,7 @@ __all__ = [
     "dtm_vit_small_patch16_in1k",
     "finetune_demo",
     "image_folder",
+    "own_images",
     "probe_demo",
     "probe_folder",
 ]
@@ -73,6 +75,7 @@ _FULL_SCALE = {**imagenet_recipes(), **{recipe.__name__: recipe for recipe in _F
 PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "demo": demo,
     "demo_tokenwise": demo_tokenwise,
+    "own_images": own_images,
     **{name: _placed(name, recipe) for name, recipe in _FULL_SCALE.items()},
 }
 FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {"finetune_demo": finetune_demo}

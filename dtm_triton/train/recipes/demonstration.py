@@ -1,4 +1,4 @@
-"""Recipes of the demo: scikit-learn's digits, a model that trains in minutes on a CPU."""
+"""Recipes to begin with: the demo on scikit-learn's digits, and a first run on images of one's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dtm_triton.train.config import (
     DataConfig,
+    EmaConfig,
     FinetuneConfig,
     LossConfig,
     MaskConfig,
@@ -62,6 +63,36 @@ def demo_tokenwise() -> PretrainConfig:
     base = demo()
     return replace(
         base, loss=replace(base.loss, morph=False), run=replace(base.run, folder=Path("runs/demo_tokenwise"))
+    )
+
+
+def own_images() -> PretrainConfig:
+    """A first run on a folder of your own photos, a few hundred or more: no labels, no teacher to download.
+
+    The teacher is a moving average of the student, as in data2vec; DTM's loss; a small ViT at 128 pixels. It learns
+    visibly within a minute on two CPU cores and is as slow as its images are many.
+    """
+    return PretrainConfig(
+        data=DataConfig(
+            source="folder",
+            train_folder=Path("data/train"),
+            image_size=(128, 128),
+            crop_scale=(0.2, 1.0),
+            colour_jitter=0.4,
+            workers=2,
+        ),
+        student=StudentConfig(
+            model="vit_tiny_patch16_224",  # width 192, 3 heads
+            patch_size=16,
+            init_std=0.04,
+            model_kwargs={"depth": 6},
+        ),
+        teacher=TeacherConfig(kind="ema"),
+        ema=EmaConfig(momentum=0.99, final_momentum=0.9995, blocks=3),  # for runs of some thousand steps
+        mask=MaskConfig(kind="block", masked=38, min_patches=6),  # 60 % of 64
+        loss=LossConfig(max_removed=64),
+        optimizer=OptimizerConfig(lr=5e-4, warmup_epochs=5, betas=(0.9, 0.98), clip_norm=3.0),
+        run=RunConfig(folder=Path("runs/own_images"), epochs=100, batch_size=64, log_every=5, checkpoint_every=50),
     )
 
 
