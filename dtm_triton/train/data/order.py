@@ -45,11 +45,11 @@ class ResampledOrder:
     """For slow or remote file systems: a few shards are read at a time, whole, instead of single images of all.
 
     Every 64 rows of the global batch are a lane, an endless row of pools. A pool is 4 shards drawn with replacement, a
-    shard as likely as it is large, with their images shuffled together; the lane shows as many of them as 4 shards of
-    mean size hold (a smaller pool starts over) and goes on to its next pool. So step s's rows of a lane have a known
-    place in a known pool: no state, any number of processes and workers. An epoch is as many steps as in the exact
-    order, but shows an image 0, 1, 2... times. Shards of images in random order, as `dtm-shard` writes them, lose
-    little by it; shards of one class each do.
+    shard as likely as it is large; of each as many images as a shard holds on average (a smaller one starts over, a
+    larger one gives a random part), shuffled together: every image is equally likely. So step s's rows of a lane have a
+    known place in a known pool: no state, any number of processes and workers. An epoch is as many steps as in the
+    exact order, but shows an image 0, 1, 2... times. Shards of images in random order, as `dtm-shard` writes them,
+    lose little by it; shards of one class each do.
 
     ends: where every shard's images end, in ascending order; the last one is the number of images.
     announce: is told the numbers of the shards that will be read next.
@@ -67,7 +67,8 @@ class ResampledOrder:
         announce: Callable[[list[int]], None] = lambda shards: None,
     ) -> None:
         self.ends, self.batch_size, self.seed, self.announce = np.asarray(ends), batch_size, seed, announce
-        self.shown = max(POOL * int(self.ends[-1]) // len(self.ends), 1)
+        self.each = max(round(int(self.ends[-1]) / np.count_nonzero(np.diff(self.ends, prepend=0))), 1)
+        self.shown = POOL * self.each
         self.open: dict[int, tuple[int, Tensor]] = {}  # the pool every lane was last seen in
 
     def rows(self, step: int, first: int, count: int) -> list[int]:
@@ -90,10 +91,12 @@ class ResampledOrder:
             drawn = torch.randint(int(self.ends[-1]), (POOL,), generator=generator).numpy()
             shards = np.searchsorted(self.ends, drawn, side="right")
             self.announce(shards.tolist())
-            members = [torch.arange(self.ends[shard - 1] if shard else 0, self.ends[shard]) for shard in shards]
-            images = torch.cat(members)
-            images = images[torch.randperm(len(images), generator=generator)]
-            images = images.repeat(-(-self.shown // len(images)))[: self.shown]
+            parts = []
+            for shard in shards:
+                start = int(self.ends[shard - 1]) if shard else 0
+                images = start + torch.randperm(int(self.ends[shard]) - start, generator=generator)
+                parts.append(images.repeat(-(-self.each // len(images)))[: self.each])
+            images = torch.cat(parts)[torch.randperm(self.shown, generator=generator)]
             self.open[lane] = pool, images
         return images
 
