@@ -13,7 +13,10 @@ import torch
 from dtm_triton.train.engine.distributed import Processes, join_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dtm_triton.train.pretrain", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(
+    ["dtm_triton.train.pretrain", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+    + ["torch.utils.tensorboard", "sklearn.datasets"]
+)
 
 
 def run_together(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> None:
