@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from dtm_triton.train import recipes
 from dtm_triton.train.build import assemble
 from dtm_triton.train.config import OptimizerConfig, PretrainConfig, StudentConfig, TeacherConfig, to_json
+from dtm_triton.train.data.batches import training_loader
 from dtm_triton.train.engine.checkpoint import load_newest, load_tensors
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
@@ -85,6 +87,23 @@ def train_tiny(processes: Processes, folder: Path, stop: int | None, changes: di
     state = trainer.whole_network().state_dict()
     if processes.first:
         torch.save(state, folder / "whole.pt")
+
+
+def count_exchanges(processes: Processes, folder: Path, strategy: str) -> None:
+    """Gradients are exchanged as often in a step of four micro-batches as in a step of one."""
+    counts = []
+    for accumulate in (1, 4):
+        config = tiny_config(folder / str(accumulate), accumulate=accumulate, strategy=strategy)
+        trainer = tiny_trainer(config, processes)
+        with training_loader(trainer.batches, 0, 2, workers=0, pin=False) as loader:
+            trainer._train_step(loader)  # the first one settles DDP's buckets
+            with CommDebugMode() as debug:
+                trainer._train_step(loader)
+        kinds = {str(kind): count for kind, count in debug.get_comm_counts().items()}
+        reductions = [count for kind, count in kinds.items() if "reduce" in kind]
+        assert reductions, kinds
+        counts.append(sum(reductions))
+    assert counts[0] == counts[1], counts
 
 
 def stop_at(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_together
-from tiny import assert_same_bits, final_state, tiny_config, tiny_trainer, train_tiny
+from tiny import assert_same_bits, count_exchanges, final_state, tiny_config, tiny_trainer, train_tiny
 from torch import Tensor, nn
 
 from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
@@ -50,6 +50,11 @@ def test_two_processes_equal_one(one: Path, tmp_path: Path, changes: dict[str, A
     for row, other in zip(read_metrics(tmp_path), read_metrics(one), strict=True):
         for name in {"loss", "grad_norm"} & row.keys():
             assert row[name] == pytest.approx(other[name], rel=1e-3 if name == "loss" else 2e-2)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step(tmp_path: Path, strategy: str) -> None:
+    run_together(2, count_exchanges, tmp_path, strategy)
 
 
 def test_shards_equal_whole_weights(one: Path, sharded: Path) -> None:

@@ -52,7 +52,8 @@ class Parallel:
         elif processes.count > 1:
             ids = [processes.device.index] if processes.device.type == "cuda" else None
             known = inspect.signature(DistributedDataParallel).parameters
-            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its old name
+            # the new name, or the old one, of what would send buffers around before every forward
+            unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: Any = {"device_ids": ids, "gradient_as_bucket_view": True, unsynced: False}
             self.call = DistributedDataParallel(objective, **options)
 
