@@ -17,7 +17,7 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import assemble
 from dtm_triton.train.config import OptimizerConfig, PretrainConfig, StudentConfig, TeacherConfig, to_json
 from dtm_triton.train.data.batches import training_loader
-from dtm_triton.train.engine.checkpoint import load_newest, load_tensors
+from dtm_triton.train.engine.checkpoint import load_newest, load_tensors, saved_steps
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.saver import Saver
@@ -104,6 +104,23 @@ def count_exchanges(processes: Processes, folder: Path, strategy: str) -> None:
         assert reductions, kinds
         counts.append(sum(reductions))
     assert counts[0] == counts[1], counts
+
+
+def diverge_in_one(processes: Processes, folder: Path, strategy: str) -> None:
+    """The second process's loss is not a number in step 6: both stop, and what lies on the disk is from before."""
+    trainer = tiny_trainer(tiny_config(folder, log_every=5, checkpoint_every=3, strategy=strategy), processes)
+    forward = trainer.objective.forward
+
+    def spoil(batch: Any) -> dict[str, Tensor]:
+        results = forward(batch)
+        return {"loss": results["loss"] * (float("nan") if trainer.step == 6 and not processes.first else 1)}
+
+    trainer.objective.forward = spoil  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="not finite at step 6"):
+        trainer.fit()
+    assert trainer.step == 9
+    newest = saved_steps(folder / "checkpoints")[0]
+    assert newest.name == "step_000000006"
 
 
 def stop_at(trainer: Trainer, step: int, number: int = signal.SIGTERM) -> None:

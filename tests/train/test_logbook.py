@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,3 +63,19 @@ def test_other_processes_are_silent(tmp_path: Path, capsys: pytest.CaptureFixtur
     book = write_run(tmp_path, 0, range(10, 41, 10), speaks=False)
     book.say("nothing")
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_costs_rows_but_spoils_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that do not fit are told and left out; the next ones that fit follow the last whole one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Logbook(tmp_path, "run", 0, 9, speaks=True) as book:
+        book.board = SimpleNamespace(add_scalar=lambda *_: None, close=lambda: None)  # its files are its own matter
+        book.write(1, {"knn": 0.5})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+            book.write(2, {"knn": 0.25})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        book.write(3, {"knn": 0.75})
+    assert read_metrics(tmp_path) == [{"step": 1, "knn": 0.5}, {"step": 3, "knn": 0.75}]
+    assert "metrics of step 2 could not be written" in capsys.readouterr().out

@@ -184,6 +184,14 @@ def test_evaluates_and_keeps_the_best(tmp_path: Path) -> None:
     assert [row["knn"] for row in read_metrics(tmp_path) if "knn" in row] == [0.2, 0.9, 0.3, 0.4]
 
 
+def test_checkpoints_of_chosen_epochs_stay(tmp_path: Path) -> None:
+    tiny_trainer(tiny_config(tmp_path, epochs=5, keep_every=2, checkpoint_every=8)).fit()
+    names = [path.name.removeprefix("step_0000000") for path in saved_steps(tmp_path / "checkpoints")]
+    assert names == ["55", "48", "44", "22"]
+    kept = tmp_path / "checkpoints" / "step_000000022" / "kept"
+    assert kept.read_text() == "end of epoch 2\n"
+
+
 def test_loss_falls_and_the_schedule_is_followed(undisturbed: Path) -> None:
     rows = [row for row in read_metrics(undisturbed) if "loss" in row]
     assert sum(row["loss"] for row in rows[-3:]) < 0.9 * sum(row["loss"] for row in rows[:3])

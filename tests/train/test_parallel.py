@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_together
-from tiny import assert_same_bits, count_exchanges, final_state, tiny_config, tiny_trainer, train_tiny
+from tiny import assert_same_bits, count_exchanges, diverge_in_one, final_state, tiny_config, tiny_trainer, train_tiny
 from torch import Tensor, nn
 
 from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
@@ -54,7 +54,12 @@ def test_two_processes_equal_one(one: Path, tmp_path: Path, changes: dict[str, A
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_a_step(tmp_path: Path, strategy: str) -> None:
-    run_together(2, count_exchanges, tmp_path, strategy)
+    run_together(2, count_exchanges, diverge_in_one, tmp_path, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_one_processes_bad_loss_stops_both(tmp_path: Path, strategy: str) -> None:
+    run_together(2, diverge_in_one, tmp_path, strategy)
 
 
 def test_shards_equal_whole_weights(one: Path, sharded: Path) -> None:

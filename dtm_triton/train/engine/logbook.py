@@ -34,8 +34,9 @@ class Logbook:
         if speaks:
             self.file = folder / "metrics.jsonl"
             kept = [row for row in read_metrics(folder) if row["step"] <= start]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_atomically(self.file, lambda file: file.write(text.encode()))
+            text = "".join(json.dumps(row) + "\n" for row in kept).encode()
+            write_atomically(self.file, lambda file: file.write(text))
+            self.size = len(text)
 
     def __enter__(self) -> Logbook:
         if self.speaks:
@@ -62,10 +63,10 @@ class Logbook:
         """Metrics of a step, to all three places."""
         if not self.speaks:
             return
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            self._keep(step, metrics)
+        except OSError as error:  # a disk that is full for an hour must not end a run of weeks
+            self.say(f"{self.title.strip()}: metrics of step {step} could not be written: {error}")
         if "images_per_second" not in metrics:  # an evaluation
             shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             self.say(f"{self.title}  step {step}/{self.total}  {shown}")
@@ -77,6 +78,16 @@ class Logbook:
             left = (time.monotonic() - self.began) / (step - self.start) * (self.total - step)
             self.last_line = time.monotonic()
             self.say(f"{self.title}  step {step}/{self.total}  {note}  {left:,.0f} s left")
+
+    def _keep(self, step: int, metrics: Metrics) -> None:
+        row = json.dumps({"step": step, **metrics}) + "\n"
+        with open(self.file, "r+b") as file:
+            file.truncate(self.size)  # half a row that did not fit
+            file.seek(self.size)
+            file.write(row.encode())
+        self.size += len(row)
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
