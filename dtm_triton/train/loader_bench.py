@@ -214,10 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     import tyro
 
-    try:
-        config = tyro.cli(LoaderBenchConfig, prog="dtm-loader-bench", description=__doc__, args=argv)
-    except ValueError as error:  # from __post_init__
-        sys.exit(f"dtm-loader-bench: {error}")
+    config = tyro.cli(LoaderBenchConfig, prog="dtm-loader-bench", description=__doc__, args=argv)
     with tempfile.TemporaryDirectory() as folder:
         record = measure_loaders(config, Path(folder))
     base = record.rate("released DTM")

@@ -199,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     import tyro
 
-    try:
-        config = tyro.cli(ShardConfig, prog="dtm-shard", description=__doc__, args=argv)
-    except ValueError as error:  # from __post_init__
-        sys.exit(f"dtm-shard: {error}")
+    config = tyro.cli(ShardConfig, prog="dtm-shard", description=__doc__, args=argv)
     run_command("dtm-shard", lambda processes: _report(config), "cpu")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ def test_any_division_of_a_batch_gives_the_same_rows(batch_size: int, seed: int,
     for whole, divided in zip(orders(batch_size, seed), orders(batch_size, seed), strict=True):
         rows = whole.rows(step, 0, batch_size)
         cuts = [batch_size * part // parts for part in range(parts + 1)]
-        again = [divided.rows(step, first, last - first) for first, last in zip(cuts, cuts[1:], strict=False)]
+        again = [divided.rows(step, first, last - first) for first, last in pairwise(cuts)]
         assert [row for part in again for row in part] == rows and len(rows) == batch_size
         assert all(0 <= row < ENDS[-1] for row in rows)
 

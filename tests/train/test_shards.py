@@ -121,9 +121,8 @@ def test_json_labels_and_class_folders(tmp_path: Path) -> None:
         {"a.jpg": picture, "a.json": b'{"label": 3}', "b.JPEG": picture, "b.json": b'{"cls": 1, "url": "x"}'},
     )
     assert open_shards(tmp_path / "json").labels.tolist() == [3, 1]
-    write_tar(
-        tmp_path / "plain" / "0.tar", {"train/dog/1.jpg": picture, "train/cat/1.jpg": picture, "train/.x.jpg": b""}
-    )
+    first = {"train/dog/1.jpg": picture, "train/cat/1.jpg": picture, "train/.x.jpg": b""}
+    write_tar(tmp_path / "plain" / "0.tar", first)
     write_tar(tmp_path / "plain" / "1.tar", {"train/emu/1.jpg": picture, "train/notes.txt": b""})
     plain = open_shards(tmp_path / "plain")
     assert (plain.classes, plain.labels.tolist()) == (["cat", "dog", "emu"], [1, 0, 2])
