@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dtm_triton.train.config import DataConfig, RunConfig
 from dtm_triton.train.data.draws import Draw, draw_images, fold
@@ -170,7 +170,12 @@ def _outlive_signals(_: int) -> None:
 
 def _stack(images: list[Tensor]) -> Tensor:
     """Images [C, H, W] as one tensor [b, C, H, W] that lies in memory as [b, H, W, C], as decoders give them."""
-    return torch.stack([image.movedim(0, -1) for image in images]).movedim(-1, 1)
+    rows = [image.movedim(0, -1) for image in images]
+    together = None
+    if get_worker_info() is not None:  # at once into the memory that the other process reads, as default_collate does
+        shared = rows[0]._typed_storage()._new_shared(len(rows) * rows[0].numel())
+        together = rows[0].new(shared).resize_(len(rows), *rows[0].shape)  # type: ignore[call-arg]
+    return torch.stack(rows, out=together).movedim(-1, 1)
 
 
 def _flips(count: int, *, generator: Generator) -> Tensor:
