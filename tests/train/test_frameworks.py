@@ -149,27 +149,40 @@ def test_the_encoder_of_mae_never_sees_masked_patches(images: Path, tmp_path: Pa
     assert torch.allclose(first[1:], second[1:], atol=1e-6) and not torch.allclose(first[0], second[0], atol=1e-4)
 
 
-def test_byol_sees_two_views_of_one_crop_and_tokens_meet(images: Path, tmp_path: Path) -> None:
+def test_byol_predicts_what_the_average_sees_in_the_other_view(images: Path, tmp_path: Path) -> None:
+    """Image by image, view by view, token by token of the unflipped crop."""
     base = config_of("byol", images, tmp_path)
-    config = replace(base, data=replace(base.data, colour_jitter=0.0), loss=replace(base.loss, morph=False))
+    loss = replace(base.loss, morph=False, on="masked")
+    config = replace(base, loss=loss, mask=replace(base.mask, masked=6))
     _, objective, batch = ready(config)
-    with torch.no_grad():  # an online network that is its average: views without jitter differ by the flip alone
-        objective.network.predictor = torch.nn.Identity()
-        positions = objective.network.backbone.pos_embed
-        for network in (objective.network, objective.ema):
-            network.backbone.pos_embed.zero_()
-    batch["flip"] = torch.zeros(8, dtype=torch.bool)
-    batch["view"][:, 0] = 1.0  # not flipped either
-    same = objective(batch)
-    assert float(same["loss"]) == pytest.approx(0.0, abs=1e-4) and positions.shape[1] == 25
-    flipped = {**batch, "images": torch.full_like(batch["images"], 90)}  # a symmetric image: a flip is nothing
-    flipped["view"] = torch.zeros(8, 4)
-    assert float(objective(flipped)["loss"]) == pytest.approx(0.0, abs=1e-4)
-    batch["view"][:, 0] = 0.0  # now the second view is a mirror image
-    assert float(objective(batch)["loss"]) > 1e-3
-    tokens = torch.arange(24.0).view(1, 24, 1).expand(2, -1, -1)
-    turned = objective._mirrored(tokens, torch.tensor([True, False]))
-    assert turned[0, :6, 0].tolist() == [5, 4, 3, 2, 1, 0] and torch.equal(turned[1], tokens[1])
+    batch["view"][:, 0] = torch.tensor([0.0, 0.9]).repeat(4)  # flipped, not flipped
+    found = objective(batch)
+    assert batch["flip"].any() and not batch["flip"].all()
+    masks = objective.masks(batch["mask"]).view(8, 4, 6)
+    image_loss, token_loss = [], []
+    for number in range(8):
+        whole = batch["images"][number : number + 1]
+        first = {
+            "images": whole,
+            "flip": batch["flip"][number : number + 1],
+            "jitter": batch["jitter"][number : number + 1],
+        }
+        view = batch["view"][number : number + 1]
+        second = {"images": whole, "flip": view[:, 0] < 0.5, "jitter": 1 + 0.4 * (2 * view[:, 1:] - 1)}
+        for own, other in ((first, second), (second, first)):
+            mask = masks[number].flip(-1) if own["flip"] else masks[number]
+            vector, tokens = objective.network(objective.normalise(augment(own)), mask.reshape(1, 24))
+            wanted, targets = objective.ema(objective.normalise(augment(other)))
+            grid, target_grid = tokens.view(4, 6, 16), targets.view(4, 6, 16)
+            image_loss.append(2 - 2 * F.cosine_similarity(vector, wanted).squeeze())
+            for row, column in masks[number].nonzero().tolist():
+                ours = grid[row, 5 - column if own["flip"] else column]
+                theirs = target_grid[row, 5 - column if other["flip"] else column]
+                token_loss.append(1 - F.cosine_similarity(ours, theirs, dim=0))
+    assert len(token_loss) == 16 * 6
+    torch.testing.assert_close(found["image_loss"], torch.stack(image_loss).mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["token_loss"], torch.stack(token_loss).mean(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(found["loss"], found["image_loss"] + found["token_loss"])
 
 
 def test_beit_v2_is_cross_entropy_on_morphed_tokens(images: Path, tmp_path: Path) -> None:
