@@ -22,8 +22,10 @@ from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.saver import Saver
 from dtm_triton.train.engine.stop import Stopped
+from dtm_triton.train.finetune import finetune
 from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
+from dtm_triton.train.recipes import finetune_demo
 
 STUDENT = StudentConfig(
     model="vit_tiny_patch16_224",
@@ -87,6 +89,12 @@ def train_tiny(processes: Processes, folder: Path, stop: int | None, changes: di
     state = trainer.whole_network().state_dict()
     if processes.first:
         torch.save(state, folder / "whole.pt")
+
+
+def finetune_tiny(processes: Processes, folder: Path, strategy: str) -> None:
+    """A classifier of digits, trained for an epoch."""
+    run = replace(tiny_config(folder, epochs=1).run, strategy=strategy)
+    finetune(replace(finetune_demo(), student=STUDENT, run=run), processes)
 
 
 def count_exchanges(processes: Processes, folder: Path, strategy: str) -> None:

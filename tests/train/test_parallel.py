@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from processes import run_together
-from tiny import assert_same_bits, count_exchanges, diverge_in_one, final_state, tiny_config, tiny_trainer, train_tiny
+from tiny import (
+    assert_same_bits,
+    count_exchanges,
+    diverge_in_one,
+    final_state,
+    finetune_tiny,
+    tiny_config,
+    tiny_trainer,
+    train_tiny,
+)
 from torch import Tensor, nn
 
 from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
@@ -97,6 +106,14 @@ def test_checkpoints_fit_other_processes_and_strategies(
     assert_close(final_state(tmp_path), final_state(one))
     steps = [row["step"] for row in read_metrics(tmp_path) if "loss" in row]
     assert steps == list(range(1, 23)), "nothing was trained twice"
+
+
+def test_finetuning_over_shards_equals_one_process(tmp_path: Path) -> None:
+    finetune_tiny(Processes(), tmp_path / "one", "ddp")
+    run_together(2, finetune_tiny, tmp_path / "two", "fsdp")
+    assert_close(final_state(tmp_path / "two"), final_state(tmp_path / "one"))
+    accuracy = [read_metrics(tmp_path / name)[-1]["accuracy"] for name in ("one", "two")]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=0.02)
 
 
 def test_recomputed_activations_change_no_bit(one: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_after_a_step_that_is_not_finite_everything_is_broken(norm: float) -> No
     assert watch.bad_step() == -1
     before = watch.usual.clone()
     assert watch.look(80, torch.tensor(float("nan")), torch.tensor(norm)) == 1
-    assert watch.look(81, FINE, FINE) == 1
+    assert watch.look(81, torch.tensor(1e9), FINE) == 1
     assert watch.bad_step() == 80 and torch.equal(watch.usual, before) and watch.spike() is None
 
 

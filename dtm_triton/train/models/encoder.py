@@ -24,8 +24,8 @@ class Encoder(nn.Module):
     """A timm `VisionTransformer`, `Beit` or `Eva` as `backbone`; what is trained adds a head to it.
 
     The model is built without classifier and pooling, so that its final norm acts on every token and each parameter
-    takes part in pre-training. Networks are entered by calling them, `tokens` or `features`; none of these calls
-    another, so that a sharded network gathers its weights once.
+    takes part in pre-training. Networks are entered by calling them, `tokens`, `features` or `classify`; none of
+    these calls another, so that a sharded network gathers its weights once.
 
     Args:
         model: timm model name, for example "beit_base_patch16_224" or "vit_tiny_patch16_224".

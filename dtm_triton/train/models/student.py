@@ -74,6 +74,10 @@ class MaskedStudent(Encoder):
         """Predictions [B, N, out_features] for images [B, C, H, W]; patches where mask [B, N] is True are hidden."""
         return self.head(self._encode(images, mask))
 
+    def classify(self, images: Tensor) -> Tensor:
+        """Logits [B, out_features] of the mean token, nothing masked: the student as a classifier."""
+        return self.head(self._encode(images, None).mean(dim=1))
+
     def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             x = self.backbone.forward_features(images)

@@ -39,7 +39,7 @@ class Supervised(Objective):
         """[B, classes] for images in 0..1."""
         if isinstance(self.network, ConvTeacher):
             return self.network(images)
-        return self.network.head(self.network.features(self.normalise(images)))
+        return self.network.classify(self.normalise(images))
 
     def evaluate(self, train: Loader, test: Loader, processes: Processes) -> dict[str, float]:
         logits, labels = gather_features(self.logits, test, processes)
