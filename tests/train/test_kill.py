@@ -1,0 +1,63 @@
+"""A run of two processes, killed with -9 again and again, also inside the writing of a checkpoint.
+
+After every kill the newest checkpoint must be whole, the next start must go on from exactly that one, and at the end
+weights, moments and logged losses equal those of the undisturbed run bit for bit.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from killing import PLACES, Start
+from tiny import assert_same_bits, final_state
+
+from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
+from dtm_triton.train.engine.logbook import read_metrics
+
+KILLS = {"ddp": 30, "fsdp": 6}
+BOTH, FIRST, SECOND = (0, 1), (0,), (1,)
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest checkpoint, which is whole; 0 for none."""
+    paths = saved_steps(folder / "checkpoints")
+    for path in paths:
+        load_plain(path)  # compares sizes and checksums
+    return load_plain(paths[0])["step"] if paths else 0
+
+
+@pytest.mark.parametrize("strategy", KILLS)
+def test_killed_at_any_moment_the_run_ends_with_the_same_bits(strategy: str, tmp_path: Path) -> None:
+    draw = random.Random(strategy)
+    kills = KILLS[strategy]
+    changes: dict[str, Any] = dict(strategy=strategy, batch_size=64, epochs=1 + kills // 8, checkpoint_every=2)
+    disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
+    places = [PLACES[number % len(PLACES)] if number % 2 else "" for number in range(kills)]
+    draw.shuffle(places)
+    inside, gained = 0, []
+    for place in places:
+        before = newest(disturbed)
+        ranks = draw.choice([BOTH, FIRST, SECOND] if place in ("", "half written") else [BOTH, FIRST])
+        at = ranks[-1] if place == "half written" else 0
+        start = Start(disturbed, changes, {at: (place, draw.randrange(2))} if place else {})
+        assert start.step == before, "goes on from the newest checkpoint, which is whole"
+        if place:
+            assert start.hear(at) == place
+            inside += 1
+        else:
+            after = before + draw.randrange(4)
+            start.wait_for(lambda: len(read_metrics(disturbed)) >= after)  # noqa: B023
+            start.sleep(draw.uniform(0, 0.1))
+        assert start.running, "killed too late: it was finished"
+        start.kill(ranks)
+        gained.append(newest(disturbed) - before)
+        assert newest(disturbed) >= before
+    assert inside == kills // 2 and max(gained) > 0
+    Start(disturbed, changes, {}).finish()
+    Start(calm, changes, {}).finish()
+    assert_same_bits(final_state(disturbed), final_state(calm))
+    rows = [[(row["step"], row.get("loss")) for row in read_metrics(folder)] for folder in (disturbed, calm)]
+    assert rows[0] == rows[1]
