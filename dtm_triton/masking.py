@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from dtm_triton.backend import choose_backend
+
 MAX_ROUNDS = 64  # rectangles tried per image, at most, before what is left is filled with single patches
 
 
@@ -155,7 +157,13 @@ def block_cover(
     count, device = len(draws), draws.device
     rounds = (draws.shape[1] - height * width) // 5
     # float64: what is rounded to whole patches below must not depend on how a device computes exp
-    numbers = draws[:, : 5 * rounds].double().view(count, rounds, 5).permute(1, 2, 0).contiguous()
+    numbers = draws[:, : 5 * rounds].double().view(count, rounds, 5)
+    numbers[:, :, 1] = _ratios(numbers[:, :, 1], aspect)
+    if choose_backend(None, device) == "triton":
+        from dtm_triton.kernels import masks as kernels
+
+        return kernels.block_cover(numbers, draws[:, 5 * rounds :], grid, num_masked, min_patches)
+    numbers = numbers.permute(1, 2, 0).contiguous()
     rows = torch.arange(height, device=device)[None, :, None]
     columns = torch.arange(width, device=device)[None, None, :]
     covered = torch.full((count, height, width), -1, device=device)  # the round that covers a patch, or -1
@@ -163,7 +171,7 @@ def block_cover(
     for number, (area, ratio, down, right, _) in enumerate(numbers):
         if device.type == "cpu" and not bool((missing > 0).any()):
             break
-        tall, wide = _rectangles(area, ratio, missing, grid, min_patches, aspect)
+        tall, wide = _rectangles(area, ratio, missing, grid, min_patches)
         tall = tall * (missing > 0)  # an image that has enough gets a rectangle of no rows
         top = (down * (height - tall + 1)).long().view(-1, 1, 1)
         left = (right * (width - wide + 1)).long().view(-1, 1, 1)
@@ -178,24 +186,23 @@ def block_cover(
         from_bottom = numbers[:, 4].gather(0, last.clamp(min=0).T).T < 0.5
         masks &= ~_excess((flat == last) & masks, -missing, from_bottom)
     scores = draws[:, 5 * rounds :].masked_fill(masks, -1.0)
-    return masks | (scores.argsort(1, descending=True).argsort(1) < missing[:, None])
+    return masks | (scores.argsort(dim=1, descending=True, stable=True).argsort(1) < missing[:, None])
+
+
+def _ratios(draws: Tensor, aspect: tuple[float, float]) -> Tensor:
+    """Aspect ratios, log-uniform in `aspect`, in the shape of the draws."""
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    return torch.exp(low + draws.contiguous() * (high - low))
 
 
 def _rectangles(
-    area_draw: Tensor,
-    aspect_draw: Tensor,
-    missing: Tensor,
-    grid: tuple[int, int],
-    min_patches: int,
-    aspect: tuple[float, float],
+    area_draw: Tensor, ratio: Tensor, missing: Tensor, grid: tuple[int, int], min_patches: int
 ) -> tuple[Tensor, Tensor]:
     """Whole-patch heights and widths, each [B]: at least `min_patches` in area, inside the grid."""
     height, width = grid
     area = min_patches + area_draw * (missing - min_patches).clamp(min=0)
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    ratio = torch.exp(low + aspect_draw * (high - low))
-    tall = (area * ratio).sqrt().round().clamp(1, height)
-    wide = (area / ratio).sqrt().round().clamp(1, width)
+    tall = ((area * ratio).sqrt() + 0.5).floor().clamp(1, height)
+    wide = ((area / ratio).sqrt() + 0.5).floor().clamp(1, width)
     # too small: the longer side grows, and where it meets the grid's edge the other one
     longer = torch.maximum(tall, (min_patches / wide).ceil()).clamp(max=height)
     tall = torch.where(tall >= wide, longer, tall)

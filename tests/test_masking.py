@@ -66,7 +66,7 @@ def test_a_single_block_is_one_rectangle_cut_at_one_edge():
 def test_rectangles_have_the_area_and_log_uniform_aspect():
     draws = torch.rand(2, 20_000, generator=seeded(2))
     missing = torch.full((20_000,), 90_000)
-    tall, wide = masking._rectangles(draws[0], draws[1], missing, (2000, 2000), 10_000, (0.3, 1 / 0.3))
+    tall, wide = masking._rectangles(draws[0], masking._ratios(draws[1], (0.3, 1 / 0.3)), missing, (2000, 2000), 10_000)
     area = (tall * wide).float()
     assert area.min() >= 10_000 and area.max() < 91_000
     assert torch.allclose(area.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([30e3, 50e3, 70e3]), rtol=0.03)
@@ -80,9 +80,8 @@ def test_rectangles_have_the_area_and_log_uniform_aspect():
 @given(st.integers(1, 15), st.integers(1, 15), st.integers(1, 60), st.integers(0, 225), st.integers(0, 99))
 def test_rectangles_reach_the_least_area_inside_any_grid(height, width, min_patches, missing, seed):
     draws = torch.rand(2, 30, generator=seeded(seed))
-    tall, wide = masking._rectangles(
-        draws[0], draws[1], torch.full((30,), missing), (height, width), min_patches, (0.3, 1 / 0.3)
-    )
+    ratios = masking._ratios(draws[1], (0.3, 1 / 0.3))
+    tall, wide = masking._rectangles(draws[0], ratios, torch.full((30,), missing), (height, width), min_patches)
     assert (tall >= 1).all() and (wide >= 1).all() and (tall <= height).all() and (wide <= width).all()
     assert (tall * wide >= min(min_patches, height * width)).all()
 
