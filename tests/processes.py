@@ -14,8 +14,10 @@ from dtm_triton.train.engine.distributed import Processes, join_processes
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["dtm_triton.train.pretrain", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
-    + ["torch.utils.tensorboard", "sklearn.datasets"]
+    [
+        *("dtm_triton.train.pretrain", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+        *("torch.utils.tensorboard", "sklearn.datasets"),
+    ]
 )
 
 
