@@ -33,8 +33,10 @@ def count(config: PretrainConfig) -> Size:
     """The size of a recipe with a timm teacher; no memory is taken, so any machine can count any model."""
     kwargs: dict[str, Any] = dict(config.teacher.model_kwargs)
     with torch.device("meta"):
-        network = timm.create_model(config.teacher.model, **kwargs)
-        channels = config.data.channels
+        network: Any = timm.create_model(config.teacher.model, **kwargs)
+        channels, patches = config.data.channels, network.patch_embed.patch_size
+        sides = (side // config.student.patch_size for side in config.data.image_size)
+        network.set_input_size(img_size=tuple(n * patch for n, patch in zip(sides, patches, strict=True)))
         teacher = Teacher(network, (0.0,) * channels, (1.0,) * channels, config.teacher.project)
         student = build_student(config.student, config.data, teacher.out_features)
         images = torch.rand(1, channels, *config.data.image_size)
