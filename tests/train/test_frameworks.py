@@ -249,7 +249,10 @@ def test_processes_keep_one_codebook(tmp_path: Path) -> None:
 def test_rare_codes_start_anew() -> None:
     torch.manual_seed(0)
     book = Codebook(CodebookConfig(codes=8, momentum=0.0), 3)
-    tokens = F.normalize(torch.randn(64, 3), dim=1)
+    tokens = torch.randn(64, 3).abs()
+    book.codes.copy_(-F.normalize(tokens[:8], dim=1))
+    book.codes[0] *= -1  # the only one that any token is near
+    assert book(tokens).unique().tolist() == [0]
     for _ in range(10):
         book.observe(tokens)
         book.update()
