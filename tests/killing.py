@@ -17,7 +17,8 @@ from processes import CONTEXT, free_port
 from tiny import tiny_config, tiny_trainer
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from dtm_triton.train.engine.distributed import join_processes
+from dtm_triton.train.command_line import run_command
+from dtm_triton.train.engine.distributed import Processes
 
 PLACES = ("half written", "before fsync", "before renaming", "after renaming", "while removing")
 """Inside the writing of a checkpoint. The second process writes only its part of the tensors, the first place."""
@@ -76,13 +77,14 @@ class Start:
         assert None not in codes, f"{codes}: a process waits for one that was killed"
         assert 0 not in codes, codes
 
-    def finish(self, timeout: float = 60) -> None:
+    def finish(self, code: int = 0, timeout: float = 60) -> None:
+        """Wait for both to end with this exit code."""
         for child in self.children:
             child.join(timeout)
         codes = [child.exitcode for child in self.children]
         for child in self.children:
             child.kill()
-        assert codes == [0, 0], codes
+        assert codes == [code, code], codes
 
 
 def train(rank: int, port: int, folder: Path, changes: dict[str, Any], pipe: Connection, place: Place | None) -> None:
@@ -95,12 +97,15 @@ def train(rank: int, port: int, folder: Path, changes: dict[str, Any], pipe: Con
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     if place is not None:
         stay_at(*place, pipe)
-    with join_processes("cpu", timeout_minutes=1) as processes:
+
+    def work(processes: Processes) -> None:
         config = tiny_config(folder, **changes)
         quick = replace(config, loss=replace(config.loss, max_iterations=3))
         trainer = tiny_trainer(quick, processes)
         pipe.send(trainer.step)
         trainer.fit()
+
+    run_command("tiny", work, "cpu", timeout_minutes=1)
 
 
 def stay_at(place: str, passed: int, pipe: Connection) -> None:
