@@ -77,6 +77,16 @@ def commit(root: Path) -> str:
     return revision + ("-dirty" if changes else "")
 
 
+def shown_commit(facts: dict[str, str]) -> str:
+    """The commit for a reader; where git could not tell, the digest of the sources beside it.
+
+    >>> shown_commit({"commit": "unknown", "sources": "ba9876543210"})
+    'unknown (sources ba9876543210)'
+    """
+    known = facts["commit"]
+    return known if known != "unknown" else f"unknown (sources {facts['sources']})"
+
+
 def sources(package: Path) -> str:
     """A digest of the package's Python files and tables, which tells a version where there is no git.
 

@@ -11,7 +11,7 @@ from dtm_triton.measure.baselines import TITLES
 from dtm_triton.measure.cases import gpu_cases
 from dtm_triton.measure.ceilings import Ceilings
 from dtm_triton.measure.estimate import ASSUMED, ASSUMED_DEVICE, estimate
-from dtm_triton.measure.machine import ROOT
+from dtm_triton.measure.machine import ROOT, shown_commit
 from dtm_triton.measure.record import Record, Row, read_all
 from dtm_triton.measure.render_training import training_parts
 from dtm_triton.measure.tables import number, table
@@ -74,11 +74,11 @@ def _machine(record: Record, places: Places) -> list[str]:
         versions += f", CUDA {facts['cuda']}, driver {facts['driver']}; host: {facts['cpu']}"
     else:
         versions = f"{facts['cpu'].rpartition(', ')[2]}, {versions}"
-    commit = facts["commit"] if facts["commit"] != "unknown" else f"unknown (sources {facts['sources']})"
     rates = ", ".join(f"{number(rate)} TFLOP/s in {dtype}" for dtype, rate in ceilings.matrix_tflop_s.items())
     parts = [
         f"## {facts['device']}",
-        f"{versions}. {facts['date']}, commit {commit}. Each median is over about {record.seconds:g} s of calls.",
+        f"{versions}. {facts['date']}, commit {shown_commit(facts)}. "
+        f"Each median is over about {record.seconds:g} s of calls.",
         f"Ceilings measured in the same run: a copy moves {number(ceilings.copy_gb_s)} GB/s (read plus written); "
         f"matrix products run at {rates}.",
     ]

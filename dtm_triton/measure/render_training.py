@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dtm_triton.measure.machine import shown_commit
 from dtm_triton.measure.tables import aligned, number, table
 from dtm_triton.measure.train_record import (
     PARTS,
@@ -52,8 +53,8 @@ def _trained(record: TrainRecord) -> list[str]:
     return [
         f"## Training {record.recipe} on {facts['device']}",
         f"Student {record.student}, teacher {record.teacher}; {setting}; {record.source}. {versions}. {facts['date']}, "
-        f"commit {facts['commit']}. Medians (IQR) over {len(record.sides[0].step_ms)} repetitions of {record.steps} "
-        "steps, taken in turns.",
+        f"commit {shown_commit(facts)}. Medians (IQR) over {len(record.sides[0].step_ms)} repetitions of "
+        f"{record.steps} steps, taken in turns.",
         _speeds(record),
         _shares(record),
         _summary(record),
@@ -121,7 +122,7 @@ def _loaded(record: LoaderRecord) -> list[str]:
     header = ["chain", "images/s on a core (IQR)", "runs", f"against {RELEASED_CHAIN}"]
     return [
         f"## Loading images on {facts['device']}",
-        f"{record.source}. torch {facts['torch']}, {facts['date']}, commit {facts['commit']}.",
+        f"{record.source}. torch {facts['torch']}, {facts['date']}, commit {shown_commit(facts)}.",
         table(header, rows),
     ]
 

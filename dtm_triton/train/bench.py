@@ -25,7 +25,7 @@ import torch
 
 from dtm_triton.measure.ceilings import dtype_name, measure_ceilings
 from dtm_triton.measure.machine import describe
-from dtm_triton.measure.released import NotReleased, load
+from dtm_triton.measure.released import NotReleased, ReleasedLoss, load
 from dtm_triton.measure.render_training import readable
 from dtm_triton.measure.train_record import TrainRecord
 from dtm_triton.train import recipes
@@ -77,10 +77,17 @@ def measure(
     batch = (options.batch or (256 if on_gpu else 8)) * processes.count
     workers = options.workers if options.workers is not None else (_spare_cores(processes) if on_gpu else 0)
     place = folder / str(processes.rank)
-    config = without_network(chosen(recipes.PRETRAIN[name](), options, batch, workers), place, images=batch)
+    config = chosen(recipes.PRETRAIN[name](), options, batch, workers)
+    if config.method not in ("masked", "mae"):
+        sys.exit(f"dtm-train-bench: --recipe must predict a teacher's tokens, {name!r} is for {config.method}")
+    config = without_network(config, place, images=batch)
     objective = build_objective(config, processes)
-    if not isinstance(objective, Pretraining):
-        sys.exit(f"dtm-train-bench: --recipe must pre-train on a teacher's tokens, {name!r} does not")
+    assert isinstance(objective, Pretraining)
+    if released:
+        try:
+            ReleasedLoss(objective.loss, released)
+        except ValueError as error:
+            sys.exit(f"dtm-train-bench: --dtm does not fit {name!r}: {error}")
     student_flops, teacher_flops = count_operations(objective, config, processes)
     trainer = Trainer(
         objective,

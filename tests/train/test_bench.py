@@ -161,8 +161,15 @@ def test_released_operations_take_their_turn(tmp_path: Path, monkeypatch: pytest
     assert slow == [False, False, True], "its own operations, and in no other's turn"
 
 
-def test_mistakes_end_it_in_one_line(tmp_path: Path) -> None:
+def test_mistakes_end_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="--recipe must be one of .*dtm_vit_base_patch16_in1k.*; got 'banana'"):
         bench.main(["--device", "cpu", "--recipe", "banana"])
+    with pytest.raises(SystemExit, match="must predict a teacher's tokens, 'byol_vit_base' is for byol"):
+        bench.main(["--device", "cpu", "--recipe", "byol_vit_base"])
     with pytest.raises(SystemExit, match=r"bm/merge\.py: not found; --dtm takes a checkout's root"):
         bench.main(["--device", "cpu", "--recipe", "tiny", "--dtm", str(tmp_path)])
+    (tmp_path / FILES["dtm"]).parent.mkdir()
+    (tmp_path / FILES["dtm"]).write_text(STAND_IN)
+    monkeypatch.setitem(recipes.PRETRAIN, "tiny", lambda: replace(tiny(), loss=replace(tiny().loss, kind="cosine")))
+    with pytest.raises(SystemExit, match="--dtm does not fit 'tiny': ours must be smooth_l1"):
+        run(tmp_path, "--dtm", str(tmp_path))
