@@ -209,3 +209,14 @@ def test_every_full_scale_recipe_is_for_vit_b_or_says_its_size() -> None:
         assert config.data.image_size == (224, 224) and config.student.patch_size == 16
         assert ("base" in name) == (config.student.model_kwargs.get("embed_dim", 768) == 768)
         assert config.run.epochs >= 300 and config.run.folder == Path("runs", name)
+
+
+def test_the_modern_student_has_rotary_positions_and_registers() -> None:
+    config = recipes.PRETRAIN["dtm_eva_vit_base"]()
+    with torch.device("meta"):
+        student: Any = build_student(config.student, config.data, 512)
+    backbone = student.backbone
+    assert backbone.rope is not None and backbone.pos_embed is None
+    assert backbone.reg_token.shape == (1, 4, 768) and backbone.num_prefix_tokens == 5
+    assert len(backbone.blocks) == 12 and backbone.blocks[0].gamma_1 is not None
+    assert "backbone.reg_token" in student.no_weight_decay()
