@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -128,3 +130,11 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert (tmp_path / "page.md").read_text() == page.render(tmp_path)
     with pytest.raises(SystemExit, match="no folder .*nowhere"):
         plan.main(["--out", str(tmp_path / "nowhere" / "page.md")])
+
+
+@pytest.mark.parametrize(("script", "command"), [("bench", "dtm-train-bench"), ("plan", "dtm-plan")])
+def test_the_scripts_open_from_a_checkout(script: str, command: str, tmp_path: Path) -> None:
+    """From any folder; the folder train/ is not searched for modules, as it holds names such as `data`."""
+    path = plan.ROOT / "train" / f"{script}.py"
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert f"usage: {command}" in done.stdout
