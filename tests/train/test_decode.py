@@ -58,6 +58,9 @@ def test_a_crop_is_never_decoded_below_its_target(monkeypatch: pytest.MonkeyPatc
         assert 0 <= left < right <= width and 0 <= top < bottom <= height
         assert right - left >= min(whole[2] - whole[0], 24) and bottom - top >= min(whole[3] - whole[1], 16)
     assert {shape[0] for shape, _ in seen} >= {60, 120}, "large crops are decoded at a fraction"
+    for wide, high in ((24 * 8, 16 * 8 - 1), (24 * 8 - 1, 16 * 8)):  # one side a pixel too short
+        assert module._eighths((0, 0, wide, high), (16, 24)) == 2
+    assert module._eighths((5, 5, 24 * 8 + 5, 16 * 8 + 5), (16, 24)) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
