@@ -1,7 +1,7 @@
 """Other frameworks on ImageNet-1K with ViT-B/16: with DTM as their loss, and the plain ones it is added to.
 
 `mae_clip_vit_base`, `beit_v2_vit_base` and `byol_vit_base` are the rows of DTM's compatibility table; that paper does
-not give their settings, so each has its own framework's. `--loss.morph False` makes any of them token-wise.
+not give their settings, so each has its own framework's. `--loss.no-morph` makes any of them token-wise.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def data2vec_vit_base() -> PretrainConfig:
     """data2vec (arXiv 2202.03555) with DTM's loss: a moving average of the student is the teacher, from scratch.
 
     Numbers are those of its released command for ViT-B, 800 epochs. data2vec itself compares masked tokens one by one:
-    `--loss.morph False --loss.on masked`.
+    `--loss.no-morph --loss.on masked`.
     """
     base = with_student(dtm_vit_base_patch16_in1k(), init_values=1e-4, attn_drop_rate=0.05)
     return replace(
