@@ -6,16 +6,20 @@ weights, moments and logged losses equal those of the undisturbed run bit for bi
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from killing import PLACES, Start
 from tiny import assert_same_bits, final_state
 
 from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
+from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import read_metrics
+from dtm_triton.train.engine.saver import Saver
 
 KILLS = {"ddp": 30, "fsdp": 6}
 BOTH, FIRST, SECOND = (0, 1), (0,), (1,)
@@ -61,3 +65,34 @@ def test_killed_at_any_moment_the_run_ends_with_the_same_bits(strategy: str, tmp
     assert_same_bits(final_state(disturbed), final_state(calm))
     rows = [[(row["step"], row.get("loss")) for row in read_metrics(folder)] for folder in (disturbed, calm)]
     assert rows[0] == rows[1]
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kill -9 cannot show, for the system outlives it: the order that a power cut asks for."""
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def flushed(file: int) -> None:
+        fsync(file)
+        events.append(("flushed", os.readlink(f"/proc/self/fd/{file}")))
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        events.append(("renamed", str(target)))
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    saver = Saver(tmp_path, Processes())
+    saver.save(1, {"w": torch.ones(3)}, {"step": 1})
+    assert saver.finish() is None
+    monkeypatch.undo()
+    path = tmp_path / "step_000000001"
+    unfinished = f"{path}.unfinished"
+    named = events.index(("renamed", str(path)))
+    before = {name for kind, name in events[:named] if kind == "flushed"}
+    files = {f"{unfinished}/{file.name}" for file in path.iterdir()}
+    written = {name.removesuffix(".tmp") for name in before}
+    assert files <= written and unfinished in before, (files, before)
+    assert ("flushed", str(tmp_path)) in events[named:], "the new name too"
