@@ -187,6 +187,7 @@ def test_byol_predicts_what_the_average_sees_in_the_other_view(images: Path, tmp
     assert torch.equal(found["loss"], found["image_loss"] + found["token_loss"])
     objective.after_step(0.5)
     torch.testing.assert_close(objective.centre, 0.9 * centre + 0.1 * sums / 16, atol=1e-5, rtol=1e-4)
+    assert objective.seen == []
 
 
 def test_beit_v2_is_cross_entropy_on_morphed_tokens(images: Path, tmp_path: Path) -> None:
