@@ -27,5 +27,6 @@ def block_cover(numbers: Tensor, scores: Tensor, grid: tuple[int, int], num_mask
             ROUNDS=rounds,
             BLOCK=triton.next_power_of_2(scores.shape[1]),
             num_warps=4,
+            enable_fp_fusion=False,  # PyTorch's operations round after every one of them
         )
     return masks.view(torch.bool)

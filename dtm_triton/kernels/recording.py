@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from dtm_triton.kernels import launch, stream_match, tables
+from dtm_triton.kernels import launch, masks, stream_match, tables
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -26,10 +26,12 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
 }
 
 
-LOADED = (launch, stream_match)
+LOADED = (launch, masks, stream_match)
 """Every launcher is imported before a kernel is replaced: whoever imports a recorder keeps it."""
 
 

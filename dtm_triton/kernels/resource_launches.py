@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtm_triton.kernels import launch, settings, tables
+from dtm_triton.kernels import launch, masks, settings, tables
 from dtm_triton.kernels.recording import Launch, identity, recording
 
 BATCH, CHANNELS, SCHEDULES, LEFT = 128, 512, 2, 98
@@ -75,6 +75,8 @@ def situations(target: str) -> dict[str, Callable[[], object]]:
     for short in ("bf16", "fp32"):
         others = _stream(target, DTYPES[short]) | _groups(DTYPES[short]) | _losses(DTYPES[short])
         found |= {f"{name}-{short}": situation for name, situation in others.items()}
+    numbers = _empty(BATCH, 13, 5, dtype=torch.float64), _empty(BATCH, 196, dtype=torch.float32)
+    found["masks"] = partial(masks.block_cover, *numbers, (14, 14), num_masked=75, min_patches=16)
     found["members"] = partial(launch.group_members, _empty(BATCH, 196), LEFT)
     return found
 

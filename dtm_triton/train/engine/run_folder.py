@@ -35,7 +35,7 @@ def hold_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise FolderError(f"run.folder {str(folder)!r} is in use by another process") from None
+                    raise FolderError(f"folder {str(folder)!r} is in use by another process") from None
                 time.sleep(0.2)
         yield
 

@@ -145,8 +145,8 @@ def build_teacher(
 def _from_hub(model: str, kwargs: dict[str, Any]) -> Any:
     try:
         return timm.create_model(model, pretrained=True, **kwargs)
-    except TypeError:  # an argument the model does not have
-        raise
+    except TypeError as refusal:
+        raise ValueError(f"model_kwargs must be arguments of {model!r}, got {kwargs}: {refusal}") from refusal
     except Exception as error:  # the hub client's errors share no base class
         raise NoWeightsError(
             f"weights of model {model!r} are neither in the hub cache nor to be had from the network ({error}); "
@@ -170,6 +170,8 @@ def _from_file(model: str, path: Path, kwargs: dict[str, Any]) -> Any:
         network: Any = timm.create_model(
             model, pretrained=True, pretrained_cfg_overlay=overlay, **{**kwargs, "num_classes": classes}
         )
+    except TypeError as refusal:
+        raise ValueError(f"model_kwargs must be arguments of {model!r}, got {kwargs}: {refusal}") from refusal
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"weights {str(file)!r} do not fit model {model!r}: {error}") from error
     network.pretrained_cfg["state_dict"] = None  # timm keeps a reference to every tensor otherwise
