@@ -16,7 +16,7 @@ import torch
 from killing import PLACES, Start
 from tiny import assert_same_bits, final_state
 
-from dtm_triton.train.engine.checkpoint import load_plain, saved_steps
+from dtm_triton.train.engine.checkpoint import load_plain
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import read_metrics
 from dtm_triton.train.engine.saver import Saver
@@ -26,11 +26,9 @@ BOTH, FIRST, SECOND = (0, 1), (0,), (1,)
 
 
 def newest(folder: Path) -> int:
-    """Step of the newest checkpoint, which is whole; 0 for none."""
-    paths = saved_steps(folder / "checkpoints")
-    for path in paths:
-        load_plain(path)  # compares sizes and checksums
-    return load_plain(paths[0])["step"] if paths else 0
+    """Step of the newest checkpoint; 0 for none. All must be whole."""
+    paths = sorted(path for path in folder.glob("checkpoints/step_*") if path.suffix != ".unfinished")
+    return max((load_plain(path)["step"] for path in paths), default=0)  # compares sizes and checksums
 
 
 @pytest.mark.parametrize("strategy", KILLS)
