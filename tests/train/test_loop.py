@@ -192,6 +192,27 @@ def test_checkpoints_of_chosen_epochs_stay(tmp_path: Path) -> None:
     assert kept.read_text() == "end of epoch 2\n"
 
 
+def test_a_damaged_checkpoint_is_replaced(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = tiny_trainer(tiny_config(tmp_path, checkpoint_every=5))
+    stop_at(trainer, 9)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    damaged = saved_steps(tmp_path / "checkpoints")[0]
+    assert damaged.name == "step_000000010"
+    next(damaged.glob("*.safetensors")).write_bytes(b"")
+    trainer = tiny_trainer(tiny_config(tmp_path, checkpoint_every=5))
+    assert trainer.step == 5
+    stop_at(trainer, 9)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert load_plain(damaged)["step"] == 10
+    assert "could not be written" not in capsys.readouterr().out
+    tiny_trainer(tiny_config(tmp_path)).fit()
+    assert_same_bits(final_state(tmp_path), final_state(undisturbed))
+
+
 def test_loss_falls_and_the_schedule_is_followed(undisturbed: Path) -> None:
     rows = [row for row in read_metrics(undisturbed) if "loss" in row]
     assert sum(row["loss"] for row in rows[-3:]) < 0.9 * sum(row["loss"] for row in rows[:3])

@@ -95,7 +95,7 @@ class Saver:
             self.under_way.exception()  # waits; `finish` tells
         for path in saved_steps(self.folder):
             if int(path.name.removeprefix("step_")) <= before:
-                write_atomically(path / "kept", lambda file: file.write(why.encode() + b"\n"))
+                _keep(path, why)
                 return path
         return None
 
@@ -111,8 +111,8 @@ class Saver:
 
     def _complete(self, unfinished: Path, path: Path, plain: dict[str, Any], best: bool, why: str) -> None:
         if why:
-            (unfinished / "kept").write_text(why + "\n")
-        if path.exists():  # the same step again, after a restart from the one before: equal bits
+            _keep(unfinished, why)
+        if path.exists():  # this one was damaged: training went on from the one before
             _remove(path)
         seal(unfinished, path, plain)
         if best:
@@ -132,9 +132,13 @@ def best_step(folder: Path) -> Path | None:
         return None
 
 
+def _keep(path: Path, why: str) -> None:
+    write_atomically(path / "kept", lambda file: file.write(why.encode() + b"\n"))
+
+
 def _remove(path: Path) -> None:
     """Under another name first: a kill in between leaves nothing that looks complete."""
-    doomed = path.with_name(path.name + ".unfinished")
+    doomed = path.with_name(path.name + ".removed.unfinished")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
