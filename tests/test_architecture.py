@@ -21,7 +21,7 @@ SCRIPTS = {f"dtm_triton.kernels.{door.stem}" for door in DOORS}
 
 BELOW = {"kernels": ["kernels"], "library": ["kernels", "library"]}
 BELOW |= {"measure": [*BELOW["library"], "measure"], "train": [*BELOW["library"], "measure", "train"]}
-"""What each floor may import: itself and what is below. Training is measured from above; measuring knows nothing of it."""
+"""What each floor may import: itself and what is below. Training is above measuring, which knows nothing of it."""
 
 
 def floor(module: Path) -> str:
