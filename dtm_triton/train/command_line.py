@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
-from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes, join_processes
 from dtm_triton.train.engine.stop import Stopped
 
@@ -46,7 +47,7 @@ def parse(recipes: dict[str, Callable[[], Config]], default: str, program: str, 
 def run_command(program: str, work: Callable[[Processes], object], device: str, timeout_minutes: float = 10.0) -> None:
     """Do the work of a command, in one process or in those of torchrun.
 
-    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback; a folder or file that cannot be
+    Ctrl-C and SIGTERM end with the exit codes 130 and 143 and without a traceback; a value or a folder that cannot be
     used, a full disk, a loss that is not finite, or another process that is gone, with 1 and one line.
     """
     # outside the loop, which saves first, a SIGTERM too should run what is in `finally`
@@ -58,12 +59,22 @@ def run_command(program: str, work: Callable[[Processes], object], device: str, 
             work(processes)
     except (Stopped, KeyboardInterrupt) as stopped:
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
-    except (FolderError, FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError) as error:
+        sys.exit(f"{speaker}: {error}")
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
         sys.exit(f"{speaker}: {error}")
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
         sys.exit(f"{speaker}: another process has ended, or was not heard of in time ({_first_line(error)})")
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package raised it: then it names what a person gave, and a traceback would only hide that."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(__file__).resolve().parents[1] in Path(place).resolve().parents
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -48,6 +48,11 @@ def test_protects_the_last_one_before_a_step(tmp_path: Path) -> None:
         save(saver, step)
     saver.finish()
     assert steps(tmp_path) == [10, 8, 2]
+    for step in (12, 14, 16, 18, 20):  # of many spikes the latest two count
+        assert saver.protect(step, "another spike") == tmp_path / f"step_{step - 2:09d}"
+        save(saver, step)
+    saver.finish()
+    assert steps(tmp_path) == [20, 18, 16]
 
 
 def test_the_state_is_copied_before_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_the_loop_tells_a_spike_and_keeps_the_checkpoint_before(
     trainer.fit()
     output = capsys.readouterr().out
     assert "at step 57 where" in output and "step_000000050 before it is kept" in output
-    assert "at step 57" in (tmp_path / "checkpoints" / "step_000000050" / "kept").read_text()
+    assert "at step 57" in (tmp_path / "checkpoints" / "step_000000050" / "before_spike").read_text()
     assert [path.name for path in saved_steps(tmp_path / "checkpoints")] == [
         "step_000000066",
         "step_000000060",

@@ -26,6 +26,8 @@ class Processes:
     """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
+    timeout: timedelta = timedelta(minutes=10)
+    """How long one waits for the others."""
 
     @property
     def first(self) -> bool:
@@ -66,6 +68,10 @@ class Processes:
             raise result[1]
         return result[0]
 
+    def own_group(self) -> Any:
+        """A further group of all processes, on CPUs, for what goes on beside the training; None for one process."""
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.count > 1 else None
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.count > 1:
@@ -87,9 +93,10 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10.0) -> Itera
         yield Processes(device=place)
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
     try:
-        yield Processes(rank=rank, count=count, device=place)
+        yield Processes(rank=rank, count=count, device=place, timeout=timeout)
     finally:
         dist.destroy_process_group()
 

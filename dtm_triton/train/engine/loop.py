@@ -94,8 +94,6 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}  # metrics since the last log line
         self.summed = 0
         self._restore()
-        if processes.first:
-            write_config(run.folder, resolved)
 
     def fit(self) -> Metrics:
         """Train to the end and evaluate; returns the last evaluation, empty without held-out images.
@@ -108,9 +106,8 @@ class Trainer:
         run, per_epoch = self.run, self.batches.steps_per_epoch
         loader = training_loader(self.batches, self.step, self.total, self.workers, pin=self.device.type == "cuda")
         last: Metrics = {}
-        book = Logbook(run.folder, self.title, self.step, self.total, self.processes.first)
         held = hold_folder(run.folder) if self.processes.first else nullcontext()
-        with held, StopRequest() as stop, book, loader as incoming:
+        with held, StopRequest() as stop, self._open_book() as book, loader as incoming:
             agreement, saver = Agreement(self.processes), Saver(run.folder / "checkpoints", self.processes)
             since, logged = time.monotonic(), self.step
             while self.step < self.total:
@@ -132,7 +129,8 @@ class Trainer:
                 if end or improved or leaving or kept or self.step % run.checkpoint_every == 0:
                     self._save(saver, book, improved, f"end of epoch {epoch}" if kept else "")
                 if leaving and not end:
-                    _finish(saver, book)
+                    if trouble := saver.finish():
+                        raise FolderError(f"stopped at step {self.step}; its {trouble}")
                     book.say(
                         f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here"
                     )
@@ -141,6 +139,12 @@ class Trainer:
             if trouble := saver.finish():
                 raise FolderError(f"the last {trouble}")
         return last
+
+    def _open_book(self) -> Logbook:
+        """Begin to write into the folder, which this process holds."""
+        if self.processes.first:
+            write_config(self.run.folder, self.resolved)
+        return Logbook(self.run.folder, self.title, self.step, self.total, self.processes.first)
 
     def whole_network(self) -> nn.Module:
         """The trained network with all its weights, to export; every process must call it."""
@@ -158,10 +162,10 @@ class Trainer:
             with self.parallel.backward_of(last=part == parts - 1):
                 with self._autocast():
                     results = self.parallel(batch)
-                loss = results["loss"]
+                loss, value = results["loss"], results["loss"].detach()
                 # a loss that is not finite may have a finite gradient: make sure that it has not
-                (loss * torch.where(loss.detach().isfinite(), 1 / parts, float("nan"))).backward()
-            total += loss.detach() / parts
+                (loss * torch.full_like(value, 1 / parts).masked_fill(~value.isfinite(), math.nan)).backward()
+            total += value / parts
             self._add({name: value.detach().float() / parts for name, value in results.items()})
         norm = clip_gradient(self.parameters, self.optim.clip_norm)
         self._add({"grad_norm": norm})
@@ -225,7 +229,8 @@ class Trainer:
         sets = ((self.batches.images, TRAIN_SHARE), (self.test, None))
         chosen = [EvaluationBatches(images, size, self.processes, limit) for images, limit in sets]
         loaders = [evaluation_loader(batches, self.workers) for batches in chosen]
-        return self.objective.evaluate(loaders[0], loaders[1], self.processes)
+        with self._autocast():
+            return self.objective.evaluate(loaders[0], loaders[1], self.processes)
 
     def _save(self, saver: Saver, book: Logbook, best: bool, why: str) -> None:
         self._check_finite()
@@ -278,8 +283,3 @@ def _tell_resumption(trainer: Trainer, state: Mapping[str, Any]) -> None:
 def _due(epoch: int, every: int) -> bool:
     """Whether something that happens every so many epochs does at the end of this one; 0 is no epoch's end."""
     return bool(epoch and every and epoch % every == 0)
-
-
-def _finish(saver: Saver, book: Logbook) -> None:
-    if trouble := saver.finish():
-        book.say(trouble)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
 
+# what file systems answer that know no locks
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 # these may change when a run goes on: they touch neither a weight nor a result
 FREE_AT_RESUME = {"run.folder", "run.log_every", "run.checkpoint_every", "run.keep_every", "run.timeout_minutes"}
 FREE_AT_RESUME |= {"data.workers", "data.max_corrupt"}
@@ -37,6 +40,11 @@ def hold_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise FolderError(f"folder {str(folder)!r} is in use by another process") from None
                 time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"folder {str(folder)!r} cannot be locked ({error}): take care that only one run uses it")
+                break
         yield
 
 

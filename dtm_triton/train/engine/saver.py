@@ -1,7 +1,8 @@
 """Saving while training goes on: the state is copied, then written by a thread, then published by the first process.
 
-Kept are the newest two checkpoints, the best one (named in `best.json`), and those that carry a `kept` file: every
-`run.keep_every` epochs, and the last one before a loss spike. The others are removed.
+Kept are the newest two checkpoints, the best one (named in `best.json`), those of every `run.keep_every` epochs, which
+carry a file `kept`, and the last ones before the latest two loss spikes, which carry a file `before_spike`. The others
+are removed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
@@ -22,7 +22,8 @@ from dtm_triton.train.engine.distributed import Processes
 
 NEWEST = 2  # the newest, and the one before it in case the newest is damaged
 PATIENCE = 3  # failed checkpoints in a row after which a run stops
-BEST = "best.json"
+BEST, KEPT, SPIKE = "best.json", "kept", "before_spike"
+SPIKES = 2  # so many of the latest ones
 
 
 class Saver:
@@ -42,7 +43,7 @@ class Saver:
 
     def __init__(self, folder: Path, processes: Processes) -> None:
         self.folder, self.processes = folder, processes
-        self.group: Any = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self.group = processes.own_group()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.under_way: Future[None] | None = None
         self.failures = 0
@@ -90,12 +91,12 @@ class Saver:
         return trouble
 
     def protect(self, before: int, why: str) -> Path | None:
-        """Never remove the newest checkpoint of at most `before` steps; None when there is none."""
+        """Keep the newest checkpoint of at most `before` steps, as one before a spike; None when there is none."""
         if self.under_way is not None:
             self.under_way.exception()  # waits; `finish` tells
         for path in saved_steps(self.folder):
             if int(path.name.removeprefix("step_")) <= before:
-                _keep(path, why)
+                _mark(path / SPIKE, why)
                 return path
         return None
 
@@ -111,16 +112,18 @@ class Saver:
 
     def _complete(self, unfinished: Path, path: Path, plain: dict[str, Any], best: bool, why: str) -> None:
         if why:
-            _keep(unfinished, why)
+            _mark(unfinished / KEPT, why)
         if path.exists():  # this one was damaged: training went on from the one before
             _remove(path)
         seal(unfinished, path, plain)
         if best:
             note = json.dumps({"step": plain["step"], "folder": path.name})
             write_atomically(self.folder / BEST, lambda file: file.write(note.encode() + b"\n"))
-        spared = {best_step(self.folder), *saved_steps(self.folder)[:NEWEST]}
-        for old in saved_steps(self.folder):
-            if old not in spared and not (old / "kept").exists():
+        saved = saved_steps(self.folder)
+        spikes = [old for old in saved if (old / SPIKE).exists()][:SPIKES]
+        spared = {best_step(self.folder), *saved[:NEWEST], *spikes}
+        for old in saved:
+            if old not in spared and not (old / KEPT).exists():
                 _remove(old)
 
 
@@ -132,8 +135,8 @@ def best_step(folder: Path) -> Path | None:
         return None
 
 
-def _keep(path: Path, why: str) -> None:
-    write_atomically(path / "kept", lambda file: file.write(why.encode() + b"\n"))
+def _mark(path: Path, why: str) -> None:
+    write_atomically(path, lambda file: file.write(why.encode() + b"\n"))
 
 
 def _remove(path: Path) -> None:

@@ -62,7 +62,7 @@ class Agreement:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.group: Any = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self.group = processes.own_group()
         self.pending: tuple[Any, torch.Tensor] | None = None
 
     def exchange(self, number: int) -> int:
