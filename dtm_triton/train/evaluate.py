@@ -91,7 +91,8 @@ def knn_accuracy(
     train_unit = F.normalize(train_x.float(), dim=1)
     right = 0
     for chunk, truth in zip(test_x.split(CHUNK), test_y.split(CHUNK), strict=True):
-        similarity = F.normalize(chunk.float(), dim=1) @ train_unit.T
+        with torch.autocast(chunk.device.type, enabled=False):  # float32 in a bfloat16 run too
+            similarity = F.normalize(chunk.float(), dim=1) @ train_unit.T
         nearest, index = similarity.topk(min(k, len(train_x)), dim=1)
         # relative to the nearest one: the votes' ratios stay, and no exponential overflows
         weight = ((nearest - nearest[:, :1]) / temperature).exp()

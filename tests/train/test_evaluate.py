@@ -45,6 +45,13 @@ def test_knn_weighs_votes_by_similarity():
     assert knn_accuracy(train_x, train_y, query, truth, k=3, temperature=1e6) == 0.0
 
 
+def test_knn_is_the_same_under_autocast():
+    (train_x, train_y), (test_x, test_y) = blobs(0, 150, spread=1.5), blobs(100, 60, spread=1.5)
+    expected = knn_accuracy(train_x, train_y, test_x, test_y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert knn_accuracy(train_x, train_y, test_x, test_y) == expected
+
+
 def test_knn_zero_rows_extreme_temperature_and_unseen_labels():
     x, y = torch.eye(3), torch.tensor([7, 8, 9])
     assert knn_accuracy(x, y, x, y, k=3, temperature=1e-6) == 1.0
