@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -107,6 +108,27 @@ def test_a_second_export_replaces_the_first(tmp_path):
     assert (load_exported(tmp_path).norm.weight == 7).all()
     assert json.loads((tmp_path / "config.json").read_text())["training"]["epoch"] == 2
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.replace
+
+    def flushed(file):
+        fsync(file)
+        events.append(("flushed", os.readlink(f"/proc/self/fd/{file}")))
+
+    def renamed(source, target):
+        rename(source, target)
+        events.append(("renamed", str(source)))
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    export_student(build("vit"), tmp_path)
+    named = [path for kind, path in events if kind == "renamed"]
+    assert len(named) == 2
+    for path in named:
+        assert events.index(("flushed", path)) < events.index(("renamed", path))
+    assert events[-1] == ("flushed", str(tmp_path)), "the names too"
 
 
 def test_bad_input_writes_nothing(tmp_path):

@@ -7,16 +7,16 @@ The JSON holds the arguments of `timm.create_model` and whatever was noted about
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from dtm_triton import __version__
+from dtm_triton.train.engine.checkpoint import write_atomically
 from dtm_triton.train.models.encoder import Encoder
 
 # of timm's description of its own weights, what stays true of ours
@@ -75,13 +75,8 @@ def export_student(
     }
     text = json.dumps(config, indent=2)  # before anything is written
     state = {name: value.detach().cpu().contiguous() for name, value in student.backbone_state_dict().items()}
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = weights.with_name(weights.name + ".tmp")
-    save_file(state, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, weights)
-    unfinished = description.with_name(description.name + ".tmp")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, description)
+    write_atomically(weights, lambda file: file.write(save(state, metadata={"format": "pt"})))
+    write_atomically(description, lambda file: file.write(text.encode() + b"\n"))
     return weights
 
 
