@@ -9,7 +9,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # From the checkout:
-#     sbatch docs/examples/slurm.sh --recipe dtm_vit_base_patch16_in1k --data.train-folder /data/train
+#     sbatch docs/examples/slurm.sh --recipe dtm_vit_base_patch16_in1k \
+#         --data.train-folder /data/train --data.test-folder /data/val
 # Five minutes before its time is up, and when it is preempted, the job saves a checkpoint, ends, and is queued again.
 set -uo pipefail
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On every host, within a few minutes:
-#     HEAD=host1 HOSTS=2 docs/examples/torchrun.sh --recipe dtm_vit_base_patch16_in1k --data.train-folder /data/train
+#     HEAD=host1 HOSTS=2 docs/examples/torchrun.sh --recipe dtm_vit_base_patch16_in1k \
+#         --data.train-folder /data/train --data.test-folder /data/val
 # HEAD: name or address of the first host. HOSTS: their number, or least:most for a run that may lose and gain hosts.
 # PROCESSES: a host's, by default one for each GPU. RESTARTS: how often failed processes are started again.
 set -euo pipefail

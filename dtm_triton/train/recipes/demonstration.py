@@ -38,7 +38,10 @@ def digits_student() -> StudentConfig:
 
 
 def demo() -> PretrainConfig:
-    """DTM on digits in about two minutes on one CPU core, with a convolutional teacher trained on the spot."""
+    """DTM on digits in about two minutes on one CPU core, with a convolutional teacher trained on the spot.
+
+    Its folder is that of `make demo`, which trains the same student: what one has done the other does not repeat.
+    """
     return PretrainConfig(
         data=digits(),
         student=digits_student(),
@@ -47,7 +50,7 @@ def demo() -> PretrainConfig:
         loss=LossConfig(max_removed=36),
         optimizer=OptimizerConfig(lr=1e-3, warmup_epochs=2, betas=(0.9, 0.98), clip_norm=3.0),
         run=RunConfig(
-            folder=Path("runs/demo_dtm"),
+            folder=Path("runs/demo/dtm"),
             epochs=44,
             batch_size=16,
             threads=1,  # a fixed number: the same bits on every run
@@ -62,7 +65,7 @@ def demo_tokenwise() -> PretrainConfig:
     """`demo` without morphing: every token is compared with its own target. All else is equal."""
     base = demo()
     return replace(
-        base, loss=replace(base.loss, morph=False), run=replace(base.run, folder=Path("runs/demo_tokenwise"))
+        base, loss=replace(base.loss, morph=False), run=replace(base.run, folder=Path("runs/demo/tokenwise"))
     )
 
 
