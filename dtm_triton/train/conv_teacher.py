@@ -11,14 +11,14 @@ from torch import nn
 from dtm_triton.train.config import DataConfig, OptimizerConfig, PretrainConfig, RunConfig, TeacherConfig, to_json
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.data.images import open_images
-from dtm_triton.train.engine.checkpoint import load_newest, load_tensors
+from dtm_triton.train.engine.checkpoint import FolderError, load_newest, load_tensors
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
 from dtm_triton.train.models.teacher import ConvTeacher
 from dtm_triton.train.objectives.supervised import Supervised
 
-BATCH = 64  # images a step
+BATCH = 64  # images a step, if processes and dataset allow it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class ConvRun:
 def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeacher:
     """The convolutional teacher, trained on the labels in `config.teacher.weights`, by default RUN/teacher.
 
+    Once finished it serves any number of processes, whatever the number that trained it.
     Raises as `Trainer` does.
     """
     folder = config.teacher.weights or config.run.folder / "teacher"
@@ -48,6 +49,7 @@ def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeac
         num_classes=images.num_classes,
         out_features=config.teacher.features,
     )
+    batch = min(BATCH, len(images.labels))
     own = ConvRun(
         data=config.data,
         teacher=replace(config.teacher, weights=None),  # wherever it lies
@@ -59,7 +61,7 @@ def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeac
             epochs=config.teacher.epochs,
             evaluate_every=0,
             accumulate=1,
-            batch_size=min(BATCH, len(images.labels)),
+            batch_size=batch,
             strategy="ddp",  # batch statistics and no transformer blocks: nothing to shard, compile or recompute
             compile=False,
             activation_checkpointing=False,
@@ -67,16 +69,17 @@ def train_conv_teacher(config: PretrainConfig, processes: Processes) -> ConvTeac
         ),
     )
     resolved = to_json(own)
-    if read_finished(folder, resolved) is not None:
+    if processes.from_first(lambda: read_finished(folder, resolved), FolderError) is not None:
         _load_network(network, folder)
         return network
+    divided = replace(own, run=replace(own.run, batch_size=batch - batch % processes.count))
     trainer = Trainer(
         Supervised(network, own.data),
         data=own.data,
         optimizer=own.optimizer,
-        run=own.run,
+        run=divided.run,
         processes=processes,
-        resolved=resolved,
+        resolved=to_json(divided),
         title="teacher",
     )
     results = trainer.fit()

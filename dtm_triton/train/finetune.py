@@ -18,6 +18,7 @@ from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import FinetuneConfig, to_json
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.data.images import open_images
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics, read_metrics
 from dtm_triton.train.engine.loop import Trainer
@@ -33,7 +34,8 @@ def finetune(config: FinetuneConfig, processes: Processes, title: str = "fine-tu
     Raises as `Trainer` does, and as `build_student` for weights.
     """
     folder, resolved = config.run.folder, to_json(config)
-    done = read_finished(folder, resolved)
+    # asked once: a shared disk may show the file to one process before another
+    done = processes.from_first(lambda: read_finished(folder, resolved), FolderError)
     if done is not None:
         return done
     images = open_images(config.data, "train")

@@ -16,6 +16,7 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics
 from dtm_triton.train.engine.loop import Trainer
@@ -38,7 +39,8 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     Raises as `build_objective` and `Trainer` do.
     """
     folder, resolved = config.run.folder, resolve(config)
-    done = read_finished(folder, resolved)
+    # asked once: a shared disk may show the file to one process before another
+    done = processes.from_first(lambda: read_finished(folder, resolved), FolderError)
     if done is not None:
         return done
     objective = build_objective(config, processes)

@@ -37,6 +37,7 @@ def probe(
 ) -> Metrics:
     """{"knn", "linear_probe"} of features [B, D] of images [B, C, H, W] in 0..1, fractions of the held-out images.
 
+    The first process alone computes them; the others help with the features, return {} and need not wait.
     Raises FolderError when nothing is held out.
     """
     rows: dict[str, tuple[Tensor, Tensor]] = {}
@@ -46,6 +47,8 @@ def probe(
             raise FolderError("data.test_folder must be given to probe, got None")
         loader = evaluation_loader(EvaluationBatches(images, batch_size, processes), data.workers)
         rows[part] = gather_features(features, loader, processes)
+    if not processes.first:
+        return {}
     knn = knn_accuracy(*rows["train"], *rows["test"], k=neighbours)
     return {"knn": knn, "linear_probe": linear_probe_accuracy(*rows["train"], *rows["test"])}
 
