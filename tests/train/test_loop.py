@@ -213,6 +213,13 @@ def test_a_damaged_checkpoint_is_replaced(
     assert_same_bits(final_state(tmp_path), final_state(undisturbed))
 
 
+def test_bfloat16_trains_and_evaluates(undisturbed: Path, tmp_path: Path) -> None:
+    metrics = tiny_trainer(tiny_config(tmp_path, precision="bfloat16")).fit()
+    rows, exact = read_metrics(tmp_path), read_metrics(undisturbed)
+    assert rows[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-2) and rows[0]["loss"] != exact[0]["loss"]
+    assert metrics["knn"] == pytest.approx(exact[-1]["knn"], abs=0.1)
+
+
 def test_loss_falls_and_the_schedule_is_followed(undisturbed: Path) -> None:
     rows = [row for row in read_metrics(undisturbed) if "loss" in row]
     assert sum(row["loss"] for row in rows[-3:]) < 0.9 * sum(row["loss"] for row in rows[:3])
