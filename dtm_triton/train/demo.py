@@ -78,7 +78,7 @@ def run_demo(demo: Demo, processes: Processes) -> dict[str, Metrics]:
         print(f"The demo in {demo.folder} is finished; remove the folder to run it again.")
         return saved["results"]
     config = students["dtm"]
-    teacher = build_targets(config, processes)
+    teacher = build_targets(config, processes).to(processes.device).eval()
     words = [sys.executable, str(Path(__file__)), f"--folder={demo.folder}", f"--epochs={demo.epochs}"]
     words += [f"--teacher-epochs={demo.teacher_epochs}"]
     run_side_by_side({name: [*words, f"--only={name}"] for name in students})

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 from dtm_triton.train import demo as demo_command
+from dtm_triton.train.build import build_targets
 from dtm_triton.train.demo import Demo, describe, run_demo
 from dtm_triton.train.engine.checkpoint import FolderError, saved_steps
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import read_metrics
 from dtm_triton.train.engine.run_folder import hold_folder
 from dtm_triton.train.pretrain import pretrain
+from dtm_triton.train.probe import probe
 from dtm_triton.train.side_by_side import run_side_by_side
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +84,13 @@ def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path, capsys
     assert students[0] != students[1]
     capsys.readouterr()
     finished_demo_says_so(killed, capsys)
-    baselines_of_the_table(json.loads((killed / "results.json").read_text())["results"])
+    results = json.loads((killed / "results.json").read_text())["results"]
+    baselines_of_the_table(results)
+    config = Demo(folder=killed, epochs=1, teacher_epochs=1).students()["dtm"]
+    teacher = build_targets(config, Processes()).eval()  # with the statistics of all images, not of a batch
+    assert results["teacher (saw all labels)"] == probe(
+        lambda images: teacher(images).mean(1), config.data, Processes()
+    )
 
 
 def finished_demo_says_so(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
