@@ -157,7 +157,8 @@ def block_cover(
     count, device = len(draws), draws.device
     rounds = (draws.shape[1] - height * width) // 5
     # float64: what is rounded to whole patches below must not depend on how a device computes exp
-    numbers = draws[:, : 5 * rounds].double().view(count, rounds, 5)
+    chosen = draws[:, : 5 * rounds].to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    numbers = chosen.view(count, rounds, 5)
     numbers[:, :, 1] = _ratios(numbers[:, :, 1], aspect)
     if choose_backend(None, device) == "triton":
         from dtm_triton.kernels import masks as kernels

@@ -37,6 +37,15 @@ def test_any_part_of_a_batch_has_the_same_masks(config: MaskConfig, grid: tuple[
     assert torch.equal(masks(strided), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_only_read(dtype: torch.dtype) -> None:
+    draws = torch.rand(3, 5 * 13 + 196, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    before = draws.clone()
+    masks = block_cover(draws, (14, 14), 75)
+    assert torch.equal(draws, before) and torch.equal(block_cover(draws, (14, 14), 75), masks)
+    assert torch.equal(block_cover(draws.T.contiguous().T, (14, 14), 75), masks)
+
+
 def test_all_rounds_give_what_the_early_exit_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes: every round, whether or not anything is missing."""
     config, grid = CASES[0]
