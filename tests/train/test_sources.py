@@ -50,6 +50,21 @@ def test_folder_of_odd_names(tmp_path: Path) -> None:
     assert all(name.encode() for name in names), "every name can be written to a log"
 
 
+def test_images_beside_class_folders_are_not_dropped_in_silence(tmp_path: Path) -> None:
+    write_classes(tmp_path, classes=1, images=2)
+    for name in ("._x.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c1.jpg").mkdir()
+    (tmp_path / "c1.jpg" / "x.png").write_bytes(encoded(smooth(1), "PNG"))
+    assert len(opened(data_config(tmp_path)).labels) == 3, (
+        "hidden files, others and folders with such a name are no images"
+    )
+    for name in ("b.JPG", "a.npy"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FolderError, match="folder 'c0', a class, and beside it 2 images of no class, 'a.npy' for one"):
+        open_images(data_config(tmp_path), "train")
+
+
 def test_linked_class_folders_are_classes(tmp_path: Path) -> None:
     write_classes(tmp_path / "real")
     (tmp_path / "in").mkdir()

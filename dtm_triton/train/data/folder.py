@@ -25,8 +25,8 @@ class ImageFolder:
     What begins with a dot is left out; links are followed. classes: names of the classes, from the training images, so
     that held-out ones get the same labels.
 
-    Raises FolderError when there is no such folder, when it or one of its classes holds no image, or a class is not
-    among `classes`.
+    Raises FolderError when there is no such folder, when it or one of its classes holds no image, images lie beside the
+    class folders, or a class is not among `classes`.
     """
 
     def __init__(self, config: DataConfig, folder: Path, classes: Sequence[str] | None = None) -> None:
@@ -46,6 +46,12 @@ class ImageFolder:
 
     def _list(self, found: list[str], labels: list[int]) -> Iterator[bytes]:
         numbers = {name: number for number, name in enumerate(self.classes)}
+        loose = sorted(entry.name for entry in os.scandir(self.folder) if _is_image(entry)) if found else []
+        if loose:
+            raise FolderError(
+                f"data folder {os.fsdecode(self.folder)!r} holds the folder {found[0]!r}, a class, and beside it "
+                f"{len(loose)} images of no class, {os.fsdecode(loose[0])!r} for one; move either elsewhere"
+            )
         for name in found or [""]:
             place = os.path.join(self.folder, os.fsencode(name))
             before = len(labels)
@@ -92,5 +98,10 @@ def _images_below(place: bytes, seen: set[tuple[int, int]]) -> Iterator[bytes]:
                 continue
             if entry.is_dir():
                 yield from _images_below(entry.path, seen)
-            elif os.fsdecode(entry.name).lower().endswith(SUFFIXES):
+            elif _is_image(entry):
                 yield entry.path
+
+
+def _is_image(entry: os.DirEntry[bytes]) -> bool:
+    hidden = entry.name.startswith(b".")
+    return not hidden and os.fsdecode(entry.name).lower().endswith(SUFFIXES) and not entry.is_dir()
