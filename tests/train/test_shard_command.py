@@ -177,6 +177,23 @@ def test_other_sources_and_channels(tmp_path: Path) -> None:
     assert shard(again, quiet)["images"] == 3
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_formats_that_nobody_would_look_for_in_a_shard(channels: int, tmp_path: Path) -> None:
+    """Small ones, with the name of a JPEG, as they come from the web."""
+    (tmp_path / "in" / "k").mkdir(parents=True)
+    pixels = smooth(0, 30, 44, channels)
+    for name, kind in enumerate(("JPEG2000", "TGA", "PNG")):
+        (tmp_path / "in" / "k" / f"{name}.jpg").write_bytes(encoded(pixels, kind))
+    assert shard(config(tmp_path, channels=channels), quiet)["images"] == 3
+    fields = {"channels": channels, "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    images = open_images(data_config(tmp_path / "out", source="shards", **fields), "train")
+    assert images is not None and sorted(Path(images.name(n)).suffix for n in range(3)) == sorted(
+        [".png", *[".jpg" if channels == 3 else ".npy"] * 2]
+    )
+    first = images.load(0, None).float()
+    assert all(float((images.load(number, None).float() - first).abs().mean()) < 4 for number in range(3))
+
+
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """kill -9 to the command: no orphan goes on, the next start continues, the end is the undisturbed one."""
     output, draw, seen = tmp_path / "out", random.Random(0), []

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from dtm_triton.train.data.decode import NPY, ImageError, decode, shrink
+from dtm_triton.train.data.folder import SUFFIXES
 from dtm_triton.train.data.shard_index import images_of
 from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
 
@@ -39,8 +40,8 @@ def write_shard(
     """Write the images `numbers` as `path`, whole or not at all; returns what is known of it.
 
     places: their places among all images, which name them. Larger images than `side` pixels at the shorter side are
-    scaled to it, as JPEG of `quality` (.npy unless there are 1 or 3 channels); others are copied. An image that cannot
-    be read is left out.
+    scaled to it, as JPEG of `quality` (.npy unless there are 1 or 3 channels); others are copied, or written in the
+    same way where their format is none of `SUFFIXES`. An image that cannot be read is left out.
     """
     skipped: list[dict[str, str]] = []
     written = 0
@@ -104,7 +105,10 @@ def _smaller(data: bytes, side: int, quality: int, channels: int) -> tuple[bytes
             return data, "npy"
         with Image.open(io.BytesIO(data)) as image:
             kind = (image.format or "").lower()
-        return data, {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+        kind = {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind)
+        if f".{kind}" in SUFFIXES:
+            return data, kind
+        pixels = decode(data, channels)  # AVIF for example, whatever the file's name was: nobody would look for it
     if channels in (1, 3):
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(buffer, "JPEG", quality=quality)
         return buffer.getvalue(), "jpg"
