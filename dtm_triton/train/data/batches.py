@@ -11,6 +11,7 @@ in all other rows.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -28,7 +29,6 @@ from dtm_triton.train.engine.distributed import Processes
 
 Batch = dict[str, Tensor]
 TRIES = 16  # images in place of one that cannot be read
-GRACE = 10  # seconds that a worker lives on after SIGTERM
 
 
 class MicroBatches(Dataset[Batch]):
@@ -141,6 +141,8 @@ def training_loader(batches: MicroBatches, start: int, end: int, workers: int, p
     finally:
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the last traceback that holds the iterator is gone
+            for worker in iterator._workers:  # type: ignore[attr-defined]
+                worker.kill()  # one that still reads, from a file system that hangs for example: nobody waits for it
 
 
 def evaluation_loader(batches: EvaluationBatches, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -157,15 +159,19 @@ def _loader(dataset: Dataset, numbers: range, workers: int, pin: bool) -> DataLo
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_outlive_signals,
+        # forked by this process itself: a fork server, the default since Python 3.14, would die of the group's SIGTERM
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=Generator(),  # its own: the loader must not draw from the global one
     )
 
 
 def _outlive_signals(_: int) -> None:
-    """Ctrl-C and SIGTERM may reach every process of a group; the training process needs its workers to stop well."""
+    """Ctrl-C and SIGTERM may reach every process of a group; the training process needs its workers to stop well.
+
+    They end when it tells them to, and within five seconds of its death: the DataLoader's workers look for that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack(images: list[Tensor]) -> Tensor:
