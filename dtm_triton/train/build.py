@@ -54,7 +54,11 @@ def assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
         masked = config.mask.masked
         network = build_network(MaskedAutoencoder, student, data, masked=masked, out_features=width, **decoder)
         return Pretraining(network, teacher, config)
-    return Pretraining(build_network(MaskedStudent, student, data, out_features=width), teacher, config)
+    masked_student = build_network(MaskedStudent, student, data, out_features=width)
+    depth = masked_student.num_blocks
+    if teacher is None and config.ema.blocks > depth:
+        raise FolderError(f"ema.blocks must be at most the student's {depth}, got {config.ema.blocks}")
+    return Pretraining(masked_student, teacher, config)
 
 
 def build_student(config: StudentConfig, data: DataConfig, out_features: int) -> MaskedStudent:

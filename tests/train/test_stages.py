@@ -12,7 +12,10 @@ import torch
 from tiny import STUDENT, tiny_config
 
 from dtm_triton.train import conv_teacher, probe
+from dtm_triton.train.build import assemble
+from dtm_triton.train.config import EmaConfig, TeacherConfig
 from dtm_triton.train.conv_teacher import train_conv_teacher
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.finetune import finetune
 from dtm_triton.train.models.teacher import ConvTeacher
@@ -89,3 +92,10 @@ def test_the_first_process_alone_fits_the_probe(tmp_path: Path, monkeypatch: pyt
     assert probe.probe(lambda images: images.flatten(1), data, Last(rank=1, count=2)) == {}
     with pytest.raises(AssertionError, match="fitted"):
         probe.probe(lambda images: images.flatten(1), data, Processes())
+
+
+def test_an_average_over_more_blocks_than_there_are_is_refused(tmp_path: Path) -> None:
+    config = replace(tiny_config(tmp_path), teacher=TeacherConfig(kind="ema"), ema=EmaConfig(blocks=3))
+    with pytest.raises(FolderError, match=r"ema\.blocks must be at most the student's 2, got 3"):
+        assemble(config, None)
+    assemble(replace(config, ema=EmaConfig(blocks=2)), None)
