@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes, join_processes
 from dtm_triton.train.engine.stop import Stopped
 
@@ -35,7 +37,8 @@ def parse(recipes: dict[str, Callable[[], Config]], default: str, program: str, 
             break
     names = ", ".join(recipes)
     if name not in recipes:
-        sys.exit(f"{program}: --recipe must be one of {names}; got {name!r}")
+        near = " or ".join(difflib.get_close_matches(name, recipes, n=2)) or f"one of {names}"
+        sys.exit(f"{program}: --recipe must be {near}, got {name!r}; `--help` names all")
     recipe = recipes[name]()
     text = f"--recipe NAME chooses one of: {names}. This is {name!r}; every field of it can be overridden.\n\n"
     try:
@@ -59,8 +62,8 @@ def run_command(program: str, work: Callable[[Processes], object], device: str, 
             work(processes)
     except (Stopped, KeyboardInterrupt) as stopped:
         sys.exit(getattr(stopped, "exit_code", 128 + signal.SIGINT))
-    except (FloatingPointError, OSError) as error:
-        sys.exit(f"{speaker}: {error}")
+    except (FolderError, FloatingPointError, OSError) as error:
+        sys.exit(f"{speaker}: {_message(error)}")
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -69,6 +72,16 @@ def run_command(program: str, work: Callable[[Processes], object], device: str, 
         if not _is_lost_connection(error):
             raise
         sys.exit(f"{speaker}: another process has ended, or was not heard of in time ({_first_line(error)})")
+
+
+def _message(error: BaseException) -> str:
+    """What an error says; one that a loader's worker raised comes with that worker's traceback around it.
+
+    >>> _message(OSError("Caught OSError in DataLoader worker process 0.\\nOriginal Traceback ...\\nOSError: no: file"))
+    'no: file'
+    """
+    text = str(error).strip()
+    return text.split("\n")[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def _is_ours(error: ValueError) -> bool:

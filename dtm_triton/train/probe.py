@@ -22,7 +22,7 @@ from dtm_triton.train.data.images import open_images
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.evaluate import knn_accuracy, linear_probe_accuracy
-from dtm_triton.train.models.export import load_exported
+from dtm_triton.train.models.export import exported_input, load_exported
 from dtm_triton.train.objectives.objective import gather_features
 
 Metrics = dict[str, float]
@@ -54,8 +54,16 @@ def probe(
 
 
 def exported_features(weights: Path, data: DataConfig, processes: Processes) -> Callable[[Tensor], Tensor]:
-    """Features of an exported student: the mean of its normed patch tokens."""
+    """Features of an exported student: the mean of its normed patch tokens.
+
+    Raises FolderError when `data` prepares images otherwise than the student was trained on them.
+    """
     model: Any = load_exported(weights).to(processes.device)
+    given = {"input_size": [data.channels, *data.image_size], "mean": list(data.mean), "std": list(data.std)}
+    for name, wanted in exported_input(weights).items():
+        if given[name] != wanted:
+            field = "data.channels and data.image_size" if name == "input_size" else f"data.{name}"
+            raise FolderError(f"{field} must be {wanted}, as {str(weights)!r} was trained, got {given[name]}")
     normalise = Normalise(data.mean, data.std).to(processes.device)
 
     def features(images: Tensor) -> Tensor:

@@ -89,6 +89,9 @@ def test_probe_reads_the_export(pretrained: Path, capsys: pytest.CaptureFixture[
     assert 0.1 < metrics["linear_probe"] <= 1 and 0.1 < metrics["knn"] <= 1
     probe_command.main(["--weights", str(pretrained / "student"), "--device", "cpu"])
     assert f"linear probe {100 * metrics['linear_probe']:.2f} %" in capsys.readouterr().out
+    for words, named in ((["--data.image-size", "14", "12"], "data.image_size"), (["--data.mean", "0.5"], "data.mean")):
+        with pytest.raises(SystemExit, match=rf"{named} must be .* as .*student' was trained, got"):
+            probe_command.main(["--weights", str(pretrained / "student"), "--device", "cpu", *words])
     with pytest.raises(SystemExit, match="does not exist"):
         probe_command.main(["--weights", str(pretrained / "nowhere"), "--device", "cpu"])
 

@@ -65,7 +65,7 @@ def test_tokenwise_twin_differs_by_morphing_alone() -> None:
         (recipes.demo().run, "epochs", 0, "run.epochs must be positive, got 0"),
         (recipes.demo().run, "accumulate", 3, "run.batch_size must be a multiple of run.accumulate 3"),
         (recipes.demo().run, "threads", 0, "run.threads must be positive or None, got 0"),
-        (recipes.demo(), "mask", MaskConfig(kind="random", masked=37), "mask.masked must be at most 36"),
+        (recipes.demo(), "mask", MaskConfig(kind="random", masked=37), "mask.masked must be below 36"),
         (
             recipes.demo(),
             "student",
@@ -81,7 +81,7 @@ def test_tokenwise_twin_differs_by_morphing_alone() -> None:
         (recipes.demo(), "method", "byol", 'teacher.kind must be "ema" for method "byol", got \'conv\''),
         (BYOL, "method", "beit_v2", 'teacher.kind must be "timm" or "conv" for method "beit_v2", got \'ema\''),
         (BYOL, "loss", LossConfig(on="masked"), "mask.masked must be positive when only masked tokens are compared"),
-        (MAE, "mask", MaskConfig(kind="random", masked=196), 'mask.masked must be below 196, .* for method "mae"'),
+        (MAE, "mask", MaskConfig(kind="random", masked=196), 'mask.masked must be below 196'),
         (recipes.finetune_demo(), "label_smoothing", 1.0, "label_smoothing must be"),
         (recipes.probe_demo(), "neighbours", 0, "neighbours must be positive, got 0"),
     ],

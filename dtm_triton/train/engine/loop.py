@@ -29,7 +29,7 @@ from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Logbook, Metrics
 from dtm_triton.train.engine.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
 from dtm_triton.train.engine.parallel import Parallel
-from dtm_triton.train.engine.run_folder import changes_of_bits, hold_folder, refuse_changes, write_config
+from dtm_triton.train.engine.run_folder import changes_of_bits, hold_folder, keep_apart, refuse_changes, write_config
 from dtm_triton.train.engine.saver import Saver
 from dtm_triton.train.engine.skipped import SkippedImages
 from dtm_triton.train.engine.state import fingerprint, training_tensors
@@ -75,6 +75,7 @@ class Trainer:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.backends.cudnn.benchmark = False
             torch.use_deterministic_algorithms(True, warn_only=True)
+        keep_apart(run.folder, [data.train_folder, data.test_folder])
         images = open_images(data, "train")
         assert images is not None
         self.batches = MicroBatches(images, data, run, processes, objective.draws())

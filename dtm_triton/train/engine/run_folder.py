@@ -6,7 +6,7 @@ import errno
 import fcntl
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,18 @@ def hold_folder(folder: Path, patience: float = 10.0) -> Iterator[None]:
                 print(f"folder {str(folder)!r} cannot be locked ({error}): take care that only one run uses it")
                 break
         yield
+
+
+def keep_apart(folder: Path, data: Iterable[Path | None]) -> None:
+    """Raise FolderError for a run's folder inside one of images: its pictures would be trained on.
+
+    >>> keep_apart(Path("a/run"), [Path("a"), None])
+    Traceback (most recent call last):
+    dtm_triton.train.engine.checkpoint.FolderError: run.folder must not lie inside data folder 'a', got 'a/run'
+    """
+    for place in data:
+        if place is not None and place.resolve() in [folder.resolve(), *folder.resolve().parents]:
+            raise FolderError(f"run.folder must not lie inside data folder {str(place)!r}, got {str(folder)!r}")
 
 
 def write_config(folder: Path, resolved: str) -> None:

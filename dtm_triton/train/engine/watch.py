@@ -37,7 +37,7 @@ class Watch:
     def look(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
         """Note a step's loss and gradient norm; 1.0 from the first step on that was not finite, else 0.0."""
         # the norm is the same in all processes, so all agree; the loop sees to it that a bad loss has a bad gradient
-        self._bad = self._bad.masked_fill((self._bad < 0) & ~norm.isfinite(), step)  # `where` with a number would wait
+        self._bad = self._bad.masked_fill((self._bad < 0) & ~norm.isfinite(), step)
         broken = self._bad >= 0
         mean, count = self.usual.unbind()
         loss = loss.double()

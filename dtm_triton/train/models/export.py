@@ -103,6 +103,12 @@ def load_exported(path: Path | str) -> nn.Module:
     return model.eval()
 
 
+def exported_input(path: Path | str) -> dict[str, Any]:
+    """What the exported model takes: "input_size" [C, H, W], "mean" and "std" of a channel each."""
+    settings = json.loads(_paths(Path(path))[1].read_text())["pretrained_cfg"]
+    return {name: list(settings[name]) for name in ("input_size", "mean", "std")}
+
+
 def _paths(path: Path) -> tuple[Path, Path]:
     if path.suffix == ".safetensors":
         return path, path.with_suffix(".json")
