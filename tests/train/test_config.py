@@ -81,7 +81,7 @@ def test_tokenwise_twin_differs_by_morphing_alone() -> None:
         (recipes.demo(), "method", "byol", 'teacher.kind must be "ema" for method "byol", got \'conv\''),
         (BYOL, "method", "beit_v2", 'teacher.kind must be "timm" or "conv" for method "beit_v2", got \'ema\''),
         (BYOL, "loss", LossConfig(on="masked"), "mask.masked must be positive when only masked tokens are compared"),
-        (MAE, "mask", MaskConfig(kind="random", masked=196), 'mask.masked must be below 196'),
+        (MAE, "mask", MaskConfig(kind="random", masked=196), "mask.masked must be below 196"),
         (recipes.finetune_demo(), "label_smoothing", 1.0, "label_smoothing must be"),
         (recipes.probe_demo(), "neighbours", 0, "neighbours must be positive, got 0"),
     ],

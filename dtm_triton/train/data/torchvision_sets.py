@@ -22,8 +22,8 @@ LABELS = ("targets", "labels", "_labels", "y")
 class TorchvisionImages:
     """A set of torchvision.datasets with one integer label an image.
 
-    "train" and "test" become the set's `train=` or `split=` argument; a set without either is the same in both. Nothing
-    is downloaded.
+    "train" and "test" become the set's `train=` or `split=` argument; a set without either has no held-out part.
+    Nothing is downloaded.
 
     Raises FolderError when the set is not there, has no such split or no labels of this kind, or torchvision is not
     installed; ValueError when torchvision has no such set.
@@ -98,6 +98,8 @@ def _open(name: str, folder: Path, part: str) -> Any:
     options: dict[str, Any] = {"download": False} if "download" in known else {}
     if "train" in known:
         options["train"] = part == "train"
+    if part == "test" and not {"train", "split"} & set(known):
+        raise FolderError(f"data.test_folder must be None: torchvision's {name} has no held-out part")
     splits = SPLITS[part] if "split" in known else ("",)
     for split in splits:
         try:

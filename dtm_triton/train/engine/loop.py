@@ -122,8 +122,10 @@ class Trainer:
                     metrics["images_per_second"] = (self.step - logged) * run.batch_size / (now - since)
                     since, logged = now, self.step
                     book.write(self.step, metrics)
-                if (end or _due(epoch, run.evaluate_every)) and (last := self._evaluate()):
-                    book.write(self.step, last)
+                if end or _due(epoch, run.evaluate_every):
+                    saver.settle()  # an evaluation starts processes, which must not copy a thread's half-done work
+                    if last := self._evaluate():
+                        book.write(self.step, last)
                 score = last.get(self.objective.judged_by, -math.inf)
                 improved, self.best = score > self.best, max(score, self.best)
                 kept = _due(epoch, run.keep_every)

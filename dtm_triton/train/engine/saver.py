@@ -90,10 +90,14 @@ class Saver:
             raise FolderError(f"{trouble}; {self.failures} in a row") from error
         return trouble
 
+    def settle(self) -> None:
+        """Wait until nothing is under way; how it went is for `finish` to tell."""
+        if self.under_way is not None:
+            self.under_way.exception()
+
     def protect(self, before: int, why: str) -> Path | None:
         """Keep the newest checkpoint of at most `before` steps, as one before a spike; None when there is none."""
-        if self.under_way is not None:
-            self.under_way.exception()  # waits; `finish` tells
+        self.settle()
         for path in saved_steps(self.folder):
             if int(path.name.removeprefix("step_")) <= before:
                 _mark(path / SPIKE, why)

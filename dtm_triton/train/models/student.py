@@ -134,9 +134,7 @@ class ProjectedStudent(MaskedStudent):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Of images [B, C, H, W]: vectors [B, out_features] and tokens [B, N, out_features]."""
         tokens = self._encode(images, mask)
-        x = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-        x = self.predictor(self.head(x))
-        return x[:, 0], x[:, 1:]
+        return self.predictor(self.head(tokens.mean(1))), self.predictor(self.head(tokens))
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:
