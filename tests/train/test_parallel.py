@@ -63,7 +63,7 @@ def test_two_processes_equal_one(one: Path, tmp_path: Path, changes: dict[str, A
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_a_step(tmp_path: Path, strategy: str) -> None:
-    run_together(2, count_exchanges, diverge_in_one, tmp_path, strategy)
+    run_together(2, count_exchanges, tmp_path, strategy)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

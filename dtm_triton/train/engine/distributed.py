@@ -94,11 +94,19 @@ def join_processes(device: str = "auto", timeout_minutes: float = 10.0) -> Itera
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout)
+    dist.init_process_group(backend, store=_fresh_store(timeout), rank=rank, world_size=count, timeout=timeout)
     try:
         yield Processes(rank=rank, count=count, device=place, timeout=timeout)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store(timeout: timedelta) -> dist.Store:
+    """Where processes learn of each other. torchrun keeps it when it starts them again on one host, with the addresses
+    of the dead ones in it: every start reads and writes under a name of its own."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # several hosts may count their restarts differently
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else ''}", store)
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

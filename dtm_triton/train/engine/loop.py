@@ -233,7 +233,8 @@ class Trainer:
         chosen = [EvaluationBatches(images, size, self.processes, limit) for images, limit in sets]
         loaders = [evaluation_loader(batches, self.workers) for batches in chosen]
         with self._autocast():
-            return self.objective.evaluate(loaders[0], loaders[1], self.processes)
+            metrics = self.objective.evaluate(loaders[0], loaders[1], self.processes)
+        return self.processes.gather(metrics)[0]  # which one is best must not hang on a processor's rounding
 
     def _save(self, saver: Saver, book: Logbook, best: bool, why: str) -> None:
         self._check_finite()
