@@ -27,7 +27,7 @@ from dtm_triton.train.command_line import run_command
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import Normalise
 from dtm_triton.train.data.draws import fold
-from dtm_triton.train.engine.checkpoint import write_atomically
+from dtm_triton.train.engine.checkpoint import write_text
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.run_folder import refuse_changes
 from dtm_triton.train.pretrain import pretrain, resolve
@@ -94,7 +94,7 @@ def run_demo(demo: Demo, processes: Processes) -> dict[str, Metrics]:
     }
     results = {name: probe(features, config.data, processes) for name, features in rows.items()}
     text = json.dumps({"results": results, "config": json.loads(resolved)}, indent=2)
-    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+    write_text(path, text)
     return results
 
 

@@ -30,7 +30,7 @@ from dtm_triton.train.data.images import open_images
 from dtm_triton.train.data.shard_writer import Record, check_shard, matches, write_shard
 from dtm_triton.train.data.shards import MANIFEST
 from dtm_triton.train.data.workers import open_workers
-from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
+from dtm_triton.train.engine.checkpoint import FolderError, write_text
 from dtm_triton.train.engine.run_folder import hold_folder
 
 FORMAT = "dtm-shards 1"
@@ -178,7 +178,7 @@ def _read(path: Path) -> Record | None:
 
 def write_json(path: Path, content: Record) -> None:
     """Write a JSON file, whole or not at all."""
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+    write_text(path, json.dumps(content, indent=1))
 
 
 def _report(config: ShardConfig) -> None:

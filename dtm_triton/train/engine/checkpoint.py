@@ -57,6 +57,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     flush_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` for a text, which gets a newline at its end."""
+    write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
+
+
 def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
     """Complete a folder of safetensors files: `state.json`, everything on the disk, its final name.
 
@@ -68,7 +73,7 @@ def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
             os.fsync(handle.fileno())
         files[file.name] = [file.stat().st_size, _checksum(file)]
     text = json.dumps({"files": files, **plain}, indent=1)
-    write_atomically(unfinished / STATE, lambda file: file.write(text.encode() + b"\n"))
+    write_text(unfinished / STATE, text)
     os.replace(unfinished, path)
     flush_folder(path.parent)
 
@@ -114,15 +119,13 @@ def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises CheckpointError when names or shapes differ from the checkpoint's.
     """
-    saved = tensor_shapes(path)
+    saved = {name: tuple(entry.size) for name, entry in _metadata(path).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name))
     if wrong:
         shown = ", ".join(f"{name} {saved.get(name)} -> {wanted.get(name)}" for name in wrong[:5])
         raise CheckpointError(f"checkpoint {str(path)!r} does not fit in {len(wrong)} tensors: {shown}")
-    dcp.load(
-        tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=not torch.distributed.is_initialized()
-    )
+    dcp.load(tensors, storage_reader=_reader(path), no_dist=not torch.distributed.is_initialized())
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -131,11 +134,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.items()}
     dcp.load(tensors, storage_reader=_reader(path), no_dist=True)
     return tensors
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors."""
-    return {name: tuple(entry.size) for name, entry in _metadata(path).items()}
 
 
 def saved_steps(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
+from dtm_triton.train.engine.checkpoint import FolderError, write_text
 
 # what file systems answer that know no locks
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -62,13 +62,13 @@ def keep_apart(folder: Path, data: Iterable[Path | None]) -> None:
 
 def write_config(folder: Path, resolved: str) -> None:
     """Keep the resolved configuration beside the results."""
-    write_atomically(folder / "config.json", lambda file: file.write(resolved.encode() + b"\n"))
+    write_text(folder / "config.json", resolved)
 
 
 def write_finished(folder: Path, resolved: str, results: dict[str, float]) -> None:
     """Note that the run is complete: everything it writes is written."""
     text = json.dumps({"results": results, "config": json.loads(resolved)}, indent=2)
-    write_atomically(folder / "finished.json", lambda file: file.write(text.encode() + b"\n"))
+    write_text(folder / "finished.json", text)
 
 
 def read_finished(folder: Path, resolved: str) -> dict[str, float] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dtm_triton.train.engine.checkpoint import FolderError, saved_steps, seal, write_atomically
+from dtm_triton.train.engine.checkpoint import FolderError, saved_steps, seal, write_text
 from dtm_triton.train.engine.distributed import Processes
 
 NEWEST = 2  # the newest, and the one before it in case the newest is damaged
@@ -100,7 +100,7 @@ class Saver:
         self.settle()
         for path in saved_steps(self.folder):
             if int(path.name.removeprefix("step_")) <= before:
-                _mark(path / SPIKE, why)
+                write_text(path / SPIKE, why)
                 return path
         return None
 
@@ -116,13 +116,13 @@ class Saver:
 
     def _complete(self, unfinished: Path, path: Path, plain: dict[str, Any], best: bool, why: str) -> None:
         if why:
-            _mark(unfinished / KEPT, why)
+            write_text(unfinished / KEPT, why)
         if path.exists():  # this one was damaged: training went on from the one before
             _remove(path)
         seal(unfinished, path, plain)
         if best:
             note = json.dumps({"step": plain["step"], "folder": path.name})
-            write_atomically(self.folder / BEST, lambda file: file.write(note.encode() + b"\n"))
+            write_text(self.folder / BEST, note)
         saved = saved_steps(self.folder)
         spikes = [old for old in saved if (old / SPIKE).exists()][:SPIKES]
         spared = {best_step(self.folder), *saved[:NEWEST], *spikes}
@@ -137,10 +137,6 @@ def best_step(folder: Path) -> Path | None:
         return folder / str(json.loads((folder / BEST).read_bytes())["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _mark(path: Path, why: str) -> None:
-    write_atomically(path, lambda file: file.write(why.encode() + b"\n"))
 
 
 def _remove(path: Path) -> None:

@@ -144,8 +144,10 @@ class Encoder(nn.Module):
 
         Raises ValueError for a name that is none of `named_parameters()`.
         """
-        if name not in dict(self.named_parameters()):
-            raise ValueError(f"name must be one of the student's parameters, got {name!r}")
+        try:
+            self.get_parameter(name)
+        except AttributeError:
+            raise ValueError(f"name must be one of the student's parameters, got {name!r}") from None
         if not name.startswith("backbone.") or name.startswith("backbone.norm."):
             return self.num_blocks + 1
         block = re.match(r"backbone\.blocks\.(\d+)\.", name)

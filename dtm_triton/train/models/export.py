@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from dtm_triton import __version__
-from dtm_triton.train.engine.checkpoint import write_atomically
+from dtm_triton.train.engine.checkpoint import write_atomically, write_text
 from dtm_triton.train.models.encoder import Encoder
 
 # of timm's description of its own weights, what stays true of ours
@@ -76,7 +76,7 @@ def export_student(
     text = json.dumps(config, indent=2)  # before anything is written
     state = {name: value.detach().cpu().contiguous() for name, value in student.backbone_state_dict().items()}
     write_atomically(weights, lambda file: file.write(save(state, metadata={"format": "pt"})))
-    write_atomically(description, lambda file: file.write(text.encode() + b"\n"))
+    write_text(description, text)
     return weights
 
 
