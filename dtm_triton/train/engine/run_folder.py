@@ -56,7 +56,7 @@ def keep_apart(folder: Path, data: Iterable[Path | None]) -> None:
     dtm_triton.train.engine.checkpoint.FolderError: run.folder must not lie inside data folder 'a', got 'a/run'
     """
     for place in data:
-        if place is not None and place.resolve() in [folder.resolve(), *folder.resolve().parents]:
+        if place is not None and folder.resolve().is_relative_to(place.resolve()):
             raise FolderError(f"run.folder must not lie inside data folder {str(place)!r}, got {str(folder)!r}")
 
 
