@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dtm_triton.backend import choose_backend
+from dtm_triton.partition import Partition, grid_of_units, patches_of_units
 
 MAX_ROUNDS = 64  # rectangles tried per image, at most, before what is left is filled with single patches
 
@@ -69,6 +70,56 @@ def random_cover(draws: Tensor, num_masked: int) -> Tensor:
     """
     masks = torch.zeros(draws.shape, dtype=torch.bool, device=draws.device)
     return masks.scatter_(1, draws.topk(num_masked, dim=1).indices, True)
+
+
+def random_partition(
+    draws: Tensor, grid: tuple[int, int], num_masked: int, num_thrown: int = 0, *, unit: int = 1
+) -> Partition:
+    """The partition that uniform numbers decide: units with the largest are masked, with the next largest thrown.
+
+    Args:
+        draws: [B, U] numbers, one for every unit of `unit` x `unit` patches in raster order, any device.
+        grid: (height, width) in patches, multiples of `unit`.
+        num_masked, num_thrown: patches of every image, multiples of unit^2.
+
+    Raises ValueError for a grid, a count or draws that do not fit.
+
+    >>> [part.tolist() for part in random_partition(torch.tensor([[0.1, 0.9, 0.5, 0.3]]), (1, 4), 1, 2)]
+    [[[1]], [[2, 3]], [[0]]]
+    """
+    rows, columns = grid_of_units(grid, unit, num_masked, num_thrown)
+    if draws.dim() != 2 or draws.shape[1] != rows * columns:
+        raise ValueError(f"draws must be [B, {rows * columns}], got {list(draws.shape)}")
+    masks = random_cover(draws, num_masked // unit**2)
+    thrown = _thrown(draws, masks, num_thrown // unit**2)
+    if thrown is not None:
+        thrown = patches_of_units(thrown, grid, unit)
+    return Partition.of(patches_of_units(masks, grid, unit), thrown, num_masked, num_thrown)
+
+
+def block_partition(
+    draws: Tensor, grid: tuple[int, int], num_masked: int, num_thrown: int = 0, *, min_patches: int = 16
+) -> Partition:
+    """Block-wise masks, `block_cover`'s, and of the patches that are left those with the largest numbers thrown.
+
+    Args:
+        draws: [B, 5 * rounds + N], as for `block_cover`; the last N decide what is thrown.
+        grid, num_masked, min_patches: as in `block_masks`.
+        num_thrown: patches to throw in every image.
+
+    Raises ValueError for a grid or a count that does not fit.
+
+    >>> [part.shape[1] for part in block_partition(torch.rand(2, 5 * 13 + 196), (14, 14), 75, 40)]
+    [75, 40, 81]
+    """
+    grid_of_units(grid, 1, num_masked, num_thrown)
+    masks = block_cover(draws, grid, num_masked, min_patches=min_patches)
+    return Partition.of(masks, _thrown(draws[:, -masks.shape[1] :], masks, num_thrown), num_masked, num_thrown)
+
+
+def _thrown(draws: Tensor, masks: Tensor, count: int) -> Tensor | None:
+    """The `count` with the largest draws that are not masked, bool; None when that is none."""
+    return random_cover(draws.masked_fill(masks, -torch.inf), count) if count else None
 
 
 def block_masks(
@@ -223,11 +274,5 @@ def _excess(last: Tensor, excess: Tensor, from_bottom: Tensor) -> Tensor:
 def _check(batch_size: int, grid: tuple[int, int], num_masked: int) -> int:
     if batch_size < 0:
         raise ValueError(f"batch_size must be at least 0, got {batch_size!r}")
-    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise ValueError(f"grid must be (height, width), two positive integers, got {grid!r}")
-    num_patches = grid[0] * grid[1]
-    if not isinstance(num_masked, int):
-        raise TypeError(f"num_masked must be an integer, got {num_masked!r}")
-    if not 0 <= num_masked <= num_patches:
-        raise ValueError(f"num_masked must be between 0 and {num_patches}, the patches of the grid, got {num_masked!r}")
-    return num_patches
+    grid_of_units(grid, 1, num_masked)
+    return grid[0] * grid[1]

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtm_triton import masking
-from dtm_triton.masking import block_masks, random_masks
+from dtm_triton.masking import (
+    block_cover,
+    block_masks,
+    block_partition,
+    block_rounds,
+    random_cover,
+    random_masks,
+    random_partition,
+)
+from dtm_triton.partition import patches_of_units
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -159,3 +168,68 @@ def test_bad_input(draw, arguments, message):
 def test_bad_blocks(options, message):
     with pytest.raises(ValueError, match=message):
         block_masks(1, (4, 4), 2, **options)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(0, 4),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    unit=st.integers(1, 3),
+    levels=st.sampled_from([3, 1000]),  # few: many numbers are equal
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_random_partitions(batch, rows, columns, unit, levels, seed, data):
+    """Masks are random_cover's, whatever is thrown; no visible unit has a larger number than a thrown one."""
+    grid, units = (rows * unit, columns * unit), rows * columns
+    masked = data.draw(st.integers(0, units))
+    thrown = data.draw(st.integers(0, units - masked))
+    draws = torch.randint(levels, (batch, units), generator=seeded(seed)) / levels
+    parts = random_partition(draws, grid, masked * unit**2, thrown * unit**2, unit=unit)
+    masks = patches_of_units(random_cover(draws, masked), grid, unit)
+    assert torch.equal(parts.mask, masks)
+    assert [part.shape[1] for part in parts] == [n * unit**2 for n in (masked, thrown, units - masked - thrown)]
+    assert torch.equal(torch.cat(parts, 1).sort(1).values, torch.arange(units * unit**2).expand(batch, -1))
+    numbers = patches_of_units(draws, grid, unit)
+    of_thrown, of_visible = numbers.gather(1, parts.thrown), numbers.gather(1, parts.visible)
+    if batch and of_thrown.shape[1] and of_visible.shape[1]:
+        assert (of_thrown.amin(1) >= of_visible.amax(1)).all()
+    state = torch.zeros(batch, units * unit**2, dtype=torch.bool).scatter(1, parts.thrown, True)
+    inside = state.view(batch, rows, unit, columns, unit)
+    assert torch.equal(inside.amax((2, 4)), inside.amin((2, 4))), "a unit is thrown whole or not at all"
+
+
+def test_random_partitions_throw_without_preference():
+    draws = torch.rand(20_000, 12, generator=seeded())
+    parts = random_partition(draws, (3, 4), 4, 3)
+    for part, share in zip(parts, (4 / 12, 3 / 12, 5 / 12), strict=True):
+        found = torch.bincount(part.flatten(), minlength=12) / 20_000
+        assert (found - share).abs().max() < 5 * (share * (1 - share) / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize(("masked", "thrown"), [(75, 0), (75, 40), (75, 121), (0, 196), (196, 0), (0, 0)])
+def test_block_partitions(masked, thrown):
+    """Masks are block_cover's; the others' largest numbers are thrown."""
+    draws = torch.rand(30, 5 * block_rounds(196, masked) + 196, generator=seeded())
+    parts = block_partition(draws, (14, 14), masked, thrown)
+    masks = block_cover(draws, (14, 14), masked)
+    assert torch.equal(parts.mask, masks)
+    left = draws[:, -196:].masked_fill(masks, -1)
+    assert torch.equal(parts.thrown, left.topk(thrown).indices.sort(1).values)
+    assert parts.visible.shape == (30, 196 - masked - thrown)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: random_partition(torch.rand(2, 15), (4, 4), 2), r"draws .* 16.* \[2, 15\]"),
+        (lambda: random_partition(torch.rand(16), (4, 4), 2), r"draws .* \[16\]"),
+        (lambda: random_partition(torch.rand(2, 4), (4, 4), 4, 14, unit=2), "num_thrown .* 14"),
+        (lambda: block_partition(torch.rand(2, 81), (4, 4), 4, 13), "num_thrown .* 12.* 13"),
+        (lambda: block_partition(torch.rand(2, 81), (4, 4), 17), "num_masked .* 17"),
+    ],
+)
+def test_bad_partitions(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

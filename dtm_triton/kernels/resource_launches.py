@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtm_triton.kernels import launch, masks, settings, tables
+from dtm_triton.kernels import launch, masks, sample, settings, tables
 from dtm_triton.kernels.recording import Launch, identity, recording
 
 BATCH, CHANNELS, SCHEDULES, LEFT = 128, 512, 2, 98
@@ -77,6 +77,7 @@ def situations(target: str) -> dict[str, Callable[[], object]]:
         found |= {f"{name}-{short}": situation for name, situation in others.items()}
     numbers = _empty(BATCH, 13, 5, dtype=torch.float64), _empty(BATCH, 196, dtype=torch.float32)
     found["masks"] = partial(masks.block_cover, *numbers, (14, 14), num_masked=75, min_patches=16)
+    found |= _samples()
     found["members"] = partial(launch.group_members, _empty(BATCH, 196), LEFT)
     return found
 
@@ -137,6 +138,29 @@ def _groups(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "unmerge": partial(launch.unmerge, merged, index),
         "morph": partial(launch.morph, x, index, size),
         "morph-few": partial(launch.morph, x, index, few),
+    }
+
+
+def _samples() -> dict[str, Callable[[], object]]:
+    """AMT's counts at 196 patches, and shares like them elsewhere."""
+    seeds = _empty(BATCH, dtype=torch.int64)
+
+    def draw(
+        weights: Tensor | sample.Crops, side: int, masked: int, thrown: int, unit: int = 1
+    ) -> Callable[[], object]:
+        order = ("masked", "thrown", "visible")
+        return partial(sample.sample, weights, seeds, (side, side), masked, thrown, unit, 1.0, 0.01, order)
+
+    def crops(dtype: torch.dtype, side: int) -> sample.Crops:
+        places, flip = _empty(BATCH, 4, dtype=torch.float64), _empty(BATCH, dtype=torch.bool)
+        return sample.Crops(_empty(BATCH, side, side, dtype=dtype), places, flip, (0.0, 0.0))
+
+    return {
+        "sample": draw(_empty(BATCH, 196, dtype=torch.float32), 14, 88, 78),
+        "sample-crops": draw(crops(torch.uint8, 14), 14, 88, 78),
+        "sample-crops-units": draw(crops(torch.uint8, 14), 14, 88, 52, unit=2),
+        "sample-crops-1024": draw(crops(torch.float16, 32), 32, 460, 409),
+        "sample-crops-4096": draw(crops(torch.float16, 32), 64, 1840, 1636),
     }
 
 
