@@ -111,7 +111,7 @@ def device_share(batch: object) -> object:
     assert isinstance(batch, dict)
     pixels = augment(batch)
     statistics_of = [Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), Normalise((0.5,) * 3, (0.5,) * 3)]
-    return [normalise(pixels) for normalise in statistics_of], Masks(MASKS, GRID)(batch["mask"])
+    return [normalise(pixels) for normalise in statistics_of], Masks(MASKS, GRID)(batch)
 
 
 def released_chain(paths: Sequence[Path]) -> Chain:

@@ -11,7 +11,7 @@ from sample_images import data_config, write_classes
 
 from dtm_triton.train.config import RunConfig
 from dtm_triton.train.data.batches import EvaluationBatches, MicroBatches, evaluation_loader, training_loader
-from dtm_triton.train.data.decode import ImageError
+from dtm_triton.train.data.decode import Crop, ImageError
 from dtm_triton.train.data.folder import ImageFolder
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
@@ -53,17 +53,17 @@ def test_each_is_replaced_and_named_once_an_epoch(images: ImageFolder) -> None:
 
 
 def test_labels_are_those_of_what_is_shown(images: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(number: int, seed: int | None) -> torch.Tensor:
+    def load(number: int, seed: int | None) -> Crop:
         if number % 3 == 0:
             raise ImageError("is one of eight")
-        return torch.full((3, 1, 1), number, dtype=torch.uint8)
+        return Crop(torch.full((3, 1, 1), number, dtype=torch.uint8), (0.0, 0.0, 1.0, 1.0))
 
     monkeypatch.setattr(images, "load", load)
     substituted = 0
     for step in range(8):
         batch = batches(images)[step]
         shown = batch["images"][:, 0, 0, 0].long()
-        assert torch.equal(batch["labels"], (shown >= 12).long())
+        assert torch.equal(batch["labels"], (shown >= 12).long()) and torch.equal(batch["number"], shown)
         substituted += int((batch["labels"] != (batch["skipped"] >= 12))[batch["skipped"] >= 0].sum())
     assert substituted > 3, "substitutes of the other class"
 

@@ -17,7 +17,7 @@ from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.batches import EvaluationBatches, MicroBatches, evaluation_loader, training_loader
 from dtm_triton.train.data.draws import draw_images, fold
 from dtm_triton.train.data.folder import ImageFolder
-from dtm_triton.train.data.images import Digits, open_images
+from dtm_triton.train.data.images import Crop, Digits, open_images
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.recipes import digits
@@ -41,7 +41,7 @@ def test_parts_make_the_whole_batch(number: int, accumulate: int, count: int) ->
         for micro in range(accumulate)
         for rank in range(count)
     ]
-    assert set(whole) == {"images", "labels", "skipped", "mask", "flip", "jitter"}
+    assert set(whole) == {"images", "number", "place", "labels", "skipped", "mask", "flip", "jitter"}
     for name, value in whole.items():
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), value, rtol=0, atol=0)
 
@@ -57,7 +57,7 @@ def test_seed_and_step_decide_everything() -> None:
 
 def test_an_epoch_shows_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
     source = batches(batch_size=479)
-    monkeypatch.setattr(source.images, "load", lambda number, seed: torch.tensor([number]))
+    monkeypatch.setattr(source.images, "load", lambda number, seed: Crop(torch.tensor([number]), (0.0, 0.0, 1.0, 1.0)))
     epochs = [torch.cat([source[3 * epoch + step]["images"] for step in range(3)]).flatten() for epoch in range(2)]
     assert source.steps_per_epoch == 3
     for shown in epochs:
@@ -87,11 +87,11 @@ def test_digits_split_and_placement() -> None:
     train, test = Digits(DATA, "train"), Digits(DATA, "test")
     assert (len(train.labels), len(test.labels)) == (1437, 360)
     assert min(np.bincount(test.labels)) >= 25
-    spots = {tuple(train.load(0, seed)[0].any(0).nonzero()[0].tolist()) for seed in range(40)}
+    spots = {tuple(train.load(0, seed).image[0].any(0).nonzero()[0].tolist()) for seed in range(40)}
     assert len(spots) > 2
-    assert torch.equal(train.load(3, None), train.load(3, None))
-    assert int(train.load(0, 1).max()) == 255
-    assert int(train.load(0, 1).sum()) == int(train.load(0, 2).sum()) > 255 * 8  # never cut off
+    assert torch.equal(train.load(3, None).image, train.load(3, None).image)
+    assert int(train.load(0, 1).image.max()) == 255
+    assert int(train.load(0, 1).image.sum()) == int(train.load(0, 2).image.sum()) > 255 * 8  # never cut off
     with pytest.raises(ValueError, match="data.image_size must be at least 8 x 8"):
         Digits(replace(DATA, image_size=(6, 12)), "train")
 
@@ -150,14 +150,14 @@ def test_image_folder(folder: Path) -> None:
     assert isinstance(images, ImageFolder)
     assert (images.labels.tolist(), images.num_classes) == ([0] * 4 + [1] * 4, 2)
     assert open_images(folder_config(folder), "test") is None
-    crop = images.load(5, 11)
+    crop = images.load(5, 11).image
     assert crop.shape == (3, 16, 24) and crop.dtype == torch.uint8
-    assert torch.equal(crop, images.load(5, 11))
-    assert any(not torch.equal(crop, images.load(5, seed)) for seed in range(12, 20))
-    centre = images.load(0, None).float()  # the edge between the halves stays in the middle
+    assert torch.equal(crop, images.load(5, 11).image)
+    assert any(not torch.equal(crop, images.load(5, seed).image) for seed in range(12, 20))
+    centre = images.load(0, None).image.float()  # the edge between the halves stays in the middle
     assert float(centre[..., :10].mean()) < 60 and float(centre[..., -10:].mean()) > 190
     grey = ImageFolder(folder_config(folder, channels=1, mean=(0.5,), std=(0.5,)), folder)
-    assert grey.load(0, 3).shape == (1, 16, 24)
+    assert grey.load(0, 3).image.shape == (1, 16, 24)
 
 
 def test_folder_without_classes_is_one_class(folder: Path) -> None:

@@ -26,7 +26,7 @@ def channels(count: int, **changes: object):  # type: ignore[no-untyped-def]
 def test_crops_agree_with_pillow(size: tuple[int, int], count: int) -> None:
     pixels = smooth(1, *size, count)
     for seed in [*range(6), None]:
-        crop = load_crop(encoded(pixels, "PNG"), channels(count), seed)
+        crop = load_crop(encoded(pixels, "PNG"), channels(count), seed).image
         assert crop.shape == (count, 16, 24) and crop.dtype == torch.uint8
         box = choose_box(size[::-1], CONFIG, seed)
         image = Image.fromarray(pixels.squeeze(-1) if count == 1 else pixels).crop(box)
@@ -39,10 +39,10 @@ def test_crops_agree_with_pillow(size: tuple[int, int], count: int) -> None:
 def test_scaled_jpegs_agree_with_whole_ones(size: tuple[int, int], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = encoded(smooth(2, *size), quality=95), channels(count)
     for seed in [*range(4), None]:
-        fast = load_crop(data, config, seed).int()
+        fast = load_crop(data, config, seed).image.int()
         with monkeypatch.context() as patch:
             patch.setattr(module, "jpeg_size", lambda data: None)
-            slow = load_crop(data, config, seed).int()
+            slow = load_crop(data, config, seed).image.int()
         assert (fast - slow).abs().float().mean() < 2.5 and (fast - slow).abs().max() <= 16
 
 
@@ -107,9 +107,9 @@ def test_corrupt_files_are_told(name: str, seed: int | None, turbo: bool, monkey
 def test_flaws_that_cost_no_pixel_are_read() -> None:
     """What libjpeg only warns of: bytes in front of the end marker, and behind it."""
     jpeg = encoded(smooth(5), quality=90)
-    clean = load_crop(jpeg, CONFIG, 1).int()
+    clean = load_crop(jpeg, CONFIG, 1).image.int()
     for flawed in (jpeg[:-2] + b"\0\0\0" + jpeg[-2:], jpeg + b"trailing"):
-        assert (load_crop(flawed, CONFIG, 1).int() - clean).abs().max() <= 3
+        assert (load_crop(flawed, CONFIG, 1).image.int() - clean).abs().max() <= 3
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
@@ -123,7 +123,7 @@ def test_every_mode_becomes_rgb_or_grey(mode: str) -> None:
     buffer = module.io.BytesIO()
     image.save(buffer, kind)
     for count in (1, 3):
-        crop = load_crop(buffer.getvalue(), channels(count), None)
+        crop = load_crop(buffer.getvalue(), channels(count), None).image
         assert crop.shape == (count, 16, 24) and 30 < float(crop.float().mean()) < 225
         assert int(crop.max()) > int(crop.min()) + 50
 
@@ -131,7 +131,7 @@ def test_every_mode_becomes_rgb_or_grey(mode: str) -> None:
 @pytest.mark.parametrize(("count", "kind"), [(4, "PNG"), (4, "TIFF"), (2, "npy"), (7, "npy"), (3, "npy"), (1, "npy")])
 def test_other_channels(count: int, kind: str) -> None:
     pixels = smooth(7, channels=count)
-    crop = load_crop(encoded(pixels, kind), channels(count), None)
+    crop = load_crop(encoded(pixels, kind), channels(count), None).image
     left, top, right, bottom = choose_box((80, 60), CONFIG, None)
     assert crop.shape == (count, 16, 24)
     whole = pixels[top:bottom, left:right].mean((0, 1))

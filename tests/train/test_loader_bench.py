@@ -41,11 +41,10 @@ def test_both_sides_do_all_of_the_work(tmp_path: Path) -> None:
     data = DataConfig(source="folder", train_folder=tmp_path / "photos", colour_jitter=0.4)
     batch = loader_bench.our_chain(data, 4)(0)
     assert isinstance(batch, dict) and batch["images"].shape == (4, 3, 224, 224)
-    assert set(batch) == {"images", "labels", "skipped", "flip", "jitter", "mask"} and bool(
-        (batch["skipped"] < 0).all()
-    )
-    (student, teacher), masks = loader_bench.device_share(batch)  # type: ignore[misc]
-    assert student.shape == teacher.shape == (4, 3, 224, 224) and masks.sum(1).tolist() == [75] * 4
+    assert set(batch) == {"images", "number", "place", "labels", "skipped", "flip", "jitter", "mask"}
+    assert bool((batch["skipped"] < 0).all())
+    (student, teacher), partition = loader_bench.device_share(batch)  # type: ignore[misc]
+    assert student.shape == teacher.shape == (4, 3, 224, 224) and partition.mask.sum(1).tolist() == [75] * 4
 
 
 def test_the_other_sides_masks_are_blocks() -> None:

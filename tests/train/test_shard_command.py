@@ -73,9 +73,10 @@ def test_shards_look_like_their_images(made: Path) -> None:
     whole = open_images(data_config(made / "in"), "train")
     small = open_images(data_config(made / "out", source="shards"), "train")
     assert whole is not None and small is not None
-    originals = [whole.load(n, None).float() for n in range(13) if whole.name(n) not in ("c0/00.jpg", "c1/03.jpg")]
+    fine = [n for n in range(13) if whole.name(n) not in ("c0/00.jpg", "c1/03.jpg")]
+    originals = [whole.load(n, None).image.float() for n in fine]
     for number in range(11):
-        crop = small.load(number, None).float()
+        crop = small.load(number, None).image.float()
         nearest = min(range(11), key=lambda n: float((originals[n] - crop).abs().mean()))
         assert float((originals[nearest] - crop).abs().mean()) < 4
         assert int(nearest >= 6) == int(small.labels[number])
@@ -172,7 +173,7 @@ def test_other_sources_and_channels(tmp_path: Path) -> None:
     shard(config(tmp_path, channels=6), quiet)
     six = data_config(tmp_path / "out", source="shards", channels=6, mean=(0.5,) * 6, std=(0.5,) * 6)
     images = open_images(six, "train")
-    assert images is not None and images.load(0, 1).shape == (6, 16, 24)
+    assert images is not None and images.load(0, 1).image.shape == (6, 16, 24)
     again = replace(config(tmp_path, channels=6), source="shards", input=tmp_path / "out", output=tmp_path / "again")
     assert shard(again, quiet)["images"] == 3
 
@@ -190,8 +191,8 @@ def test_formats_that_nobody_would_look_for_in_a_shard(channels: int, tmp_path: 
     assert images is not None and sorted(Path(images.name(n)).suffix for n in range(3)) == sorted(
         [".png", *[".jpg" if channels == 3 else ".npy"] * 2]
     )
-    first = images.load(0, None).float()
-    assert all(float((images.load(number, None).float() - first).abs().mean()) < 4 for number in range(3))
+    first = images.load(0, None).image.float()
+    assert all(float((images.load(number, None).image.float() - first).abs().mean()) < 4 for number in range(3))
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_images_labels_and_names(shards: Path) -> None:
         assert [images.name(n) for n in (0, 4, 7)] == ["a-0.tar/000000.jpg", "a-1.tar/000004.jpg", "a-2.tar/000007.jpg"]
         for number in range(8):
             assert images.read(number) == encoded(smooth(number))
-        assert torch.equal(images.load(6, 3), load_crop(encoded(smooth(6)), images.config, 3))
+        assert torch.equal(images.load(6, 3).image, load_crop(encoded(smooth(6)), images.config, 3).image)
     assert (shards / shard_index.INDEX).is_file()
 
 
@@ -142,7 +142,7 @@ def test_names_of_any_bytes_and_length(tmp_path: Path) -> None:
     kinds = ["JPEG", "PNG", "WEBP"]
     write_tar(tmp_path / "0.tar", {n: encoded(smooth(i), k) for i, (n, k) in enumerate(zip(names, kinds, strict=True))})
     images = open_shards(tmp_path)
-    assert [images.load(number, None).shape for number in range(3)] == [(3, 16, 24)] * 3
+    assert [images.load(number, None).image.shape for number in range(3)] == [(3, 16, 24)] * 3
     assert "\\xff\\xfe" in images.name(1) and images.name(2).encode()
 
 
@@ -209,5 +209,5 @@ def test_webdataset_and_this_read_each_other(tmp_path: Path) -> None:
             writer.write({"__key__": f"sample{number}", "png": pixels, "cls": number % 3, "json": {"n": number}})
     images = open_shards(tmp_path)
     assert images.labels.tolist() == [0, 1, 2, 0, 1]
-    expected = load_crop(encoded(smooth(2), "PNG"), images.config, 5)
-    assert torch.equal(images.load(2, 5), expected)
+    expected = load_crop(encoded(smooth(2), "PNG"), images.config, 5).image
+    assert torch.equal(images.load(2, 5).image, expected)

@@ -44,7 +44,7 @@ def test_folder_of_odd_names(tmp_path: Path) -> None:
     (tmp_path / "in" / "c1" / "again").symlink_to(tmp_path / "in" / "c1")  # a circle
     images = opened(data_config(tmp_path / "in"))
     assert images.labels.tolist() == [0] * 9 + [1] * 6
-    assert all(images.load(number, 0).shape == (3, 16, 24) for number in range(15))
+    assert all(images.load(number, 0).image.shape == (3, 16, 24) for number in range(15))
     names = {images.name(number) for number in range(15)}
     assert len(names) == 15 and "c1/deep/er/x.jpg" in names and "c0/\\xff\\xfe.jpg" in names
     assert all(name.encode() for name in names), "every name can be written to a log"
@@ -117,11 +117,11 @@ def test_hugging_face(saved: Path) -> None:
     train, test = opened(config), opened(config, "test")
     assert (train.labels.tolist(), train.num_classes) == ([0, 1, 2, 0, 1, 1], 3)
     assert test.labels.tolist() == [1, 2]
-    assert torch.equal(train.load(4, 9), load_crop(encoded(smooth(4)), config, 9))
-    assert torch.equal(test.load(1, None), load_crop(encoded(smooth(2)), config, None))
+    assert torch.equal(train.load(4, 9).image, load_crop(encoded(smooth(4)), config, 9).image)
+    assert torch.equal(test.load(1, None).image, load_crop(encoded(smooth(2)), config, None).image)
     one = opened(replace(config, train_folder=saved / "one"))
     assert one.labels.tolist() == [0, 2, 0, 1, 1] and one.name(1) == "row 1"
-    assert torch.equal(one.load(1, 0), load_crop(encoded(smooth(2)), config, 0))
+    assert torch.equal(one.load(1, 0).image, load_crop(encoded(smooth(2)), config, 0).image)
     assert one.fingerprint != train.fingerprint
     bare = opened(replace(config, train_folder=saved / "bare"))
     assert (bare.labels.tolist(), bare.num_classes) == ([0] * 6, 1)
@@ -155,10 +155,10 @@ def test_torchvision_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     train, test = opened(config), opened(config, "test")
     assert (len(train.labels), len(test.labels), train.num_classes) == (50, 10, 10)
     assert test.labels.tolist() == [(i + 5) % 10 for i in range(10)]
-    expected = load_crop(encoded(smooth(23, 32, 32), "PNG"), config, 4)
-    assert torch.equal(train.load(23, 4), expected)
+    expected = load_crop(encoded(smooth(23, 32, 32), "PNG"), config, 4).image
+    assert torch.equal(train.load(23, 4).image, expected)
     grey = replace(config, channels=1, mean=(0.5,), std=(0.5,))
-    assert opened(grey).load(0, 0).shape == (1, 16, 24)
+    assert opened(grey).load(0, 0).image.shape == (1, 16, 24)
 
 
 def test_torchvision_sets_of_files_decode_as_all_do(tmp_path: Path) -> None:
@@ -167,7 +167,8 @@ def test_torchvision_sets_of_files_decode_as_all_do(tmp_path: Path) -> None:
     config = data_config(tmp_path / "in", source="torchvision", name="ImageFolder")
     images = opened(config)
     assert images.labels.tolist() == [0, 0, 1, 1, 2, 2] and images.num_classes == 3
-    assert torch.equal(images.load(3, 1), load_crop((tmp_path / "in" / "c1" / "01.jpg").read_bytes(), config, 1))
+    data = (tmp_path / "in" / "c1" / "01.jpg").read_bytes()
+    assert torch.equal(images.load(3, 1).image, load_crop(data, config, 1).image)
 
 
 @pytest.mark.parametrize(
@@ -204,5 +205,5 @@ def test_configurations_that_cannot_be(changes: dict[str, object], message: str)
 def test_a_picture_of_sixteen_bits_is_not_cut_at_255(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     Image.fromarray(smooth(3, channels=1)[..., 0].astype(np.uint16) * 256).save(tmp_path / "c" / "0.png")
-    crop = opened(data_config(tmp_path)).load(0, None).float()
+    crop = opened(data_config(tmp_path)).load(0, None).image.float()
     assert abs(float(crop.mean()) - float(smooth(3, channels=1)[4:56].mean())) < 12

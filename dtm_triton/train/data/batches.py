@@ -1,8 +1,9 @@
 """Micro-batches as pure functions of their number: the order of the data, crops, flips and masks need no loader state.
 
-Shapes: images uint8 [b, C, H, W] (in memory [b, H, W, C]), labels int64 [b], flip bool [b], jitter float [b, 3],
-skipped int64 [b], and an entry for every further draw. A step's global batch is the same for any number of processes
-and micro-batches; each takes its part of the rows.
+Shapes: images uint8 [b, C, H, W] (in memory [b, H, W, C]), number int64 [b] of the image that is shown, place float64
+[b, 4] (see `Crop`), labels int64 [b], flip bool [b], jitter float [b, 3], skipped int64 [b], and an entry for every
+further draw. A step's global batch is the same for any number of processes and micro-batches; each takes its part of
+the rows.
 
 An image that cannot be read is replaced by another one, chosen by its place alone; "skipped" holds its number, and -1
 in all other rows.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -21,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dtm_triton.train.config import DataConfig, RunConfig
 from dtm_triton.train.data.draws import Draw, draw_images, fold
-from dtm_triton.train.data.images import ImageError, Images
+from dtm_triton.train.data.images import Crop, ImageError, Images
 from dtm_triton.train.data.order import ExactOrder, Order, ResampledOrder
 from dtm_triton.train.data.shards import ShardImages
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 
 Batch = dict[str, Tensor]
+Item = TypeVar("Item")
 TRIES = 16  # images in place of one that cannot be read
 
 
@@ -75,7 +78,9 @@ class MicroBatches(Dataset[Batch]):
         shown = torch.tensor([number for number, _ in found])
         asked = torch.tensor(wanted)
         batch = {
-            "images": _stack([image for _, image in found]),
+            "images": _stack([crop.image for _, crop in found]),
+            "number": shown,
+            "place": torch.tensor([crop.place for _, crop in found], dtype=torch.float64),
             "labels": self.images.labels[shown],
             "skipped": torch.where(shown == asked, -1, asked),
         }
@@ -83,8 +88,8 @@ class MicroBatches(Dataset[Batch]):
             batch[name] = draw_images(draw, self.run.seed, name, step, first, self.size)
         return batch
 
-    def _load(self, number: int, step: int, row: int) -> tuple[int, Tensor]:
-        """A number and its image: the one asked for, or the first readable one of those that take its place."""
+    def _load(self, number: int, step: int, row: int) -> tuple[int, Crop]:
+        """A number and its crop: the one asked for, or the first readable one of those that take its place."""
         crop = fold(self.run.seed, "crop", step, row)
         tried = number
         for attempt in range(TRIES + 1):
@@ -120,22 +125,39 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         first = number * self.batch_size
         count = min(self.batch_size, self.rows - first)
-        pixels = [torch.zeros(self.images.shape, dtype=torch.uint8)] * count
+        mine = self.mine[first : first + count]
+        pixels, read = load_rows(self.images, mine, None, count)
         labels = torch.full((count,), -1)
-        for row, image in enumerate(self.mine[first : first + count]):
-            try:
-                pixels[row] = self.images.load(image, None)
-            except (ImageError, OSError):
-                continue
-            labels[row] = self.images.labels[image]
-        return _stack(pixels).float() / 255, labels
+        labels[read] = self.images.labels[mine][read[: len(mine)]]
+        return pixels.float() / 255, labels
+
+
+def load_rows(images: Images, numbers: Sequence[int], seed: int | None, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` images, uint8 [count, C, H, W], and which rows show one, bool [count].
+
+    Rows that fill up, and images that cannot be read, are black. seed: see `Images.load`.
+    """
+    pixels = [torch.zeros(images.shape, dtype=torch.uint8)] * count
+    read = torch.zeros(count, dtype=torch.bool)
+    for row, number in enumerate(numbers):
+        with suppress(ImageError, OSError):
+            pixels[row] = images.load(number, seed).image
+            read[row] = True
+    return _stack(pixels), read
+
+
+def training_loader(
+    batches: MicroBatches, start: int, end: int, workers: int, pin: bool
+) -> AbstractContextManager[Iterator[Batch]]:
+    """Micro-batches of the steps start .. end - 1, decoded ahead by worker processes when there are any."""
+    numbers = range(start * batches.run.accumulate, end * batches.run.accumulate)
+    return open_loader(batches, numbers, workers, pin)
 
 
 @contextmanager
-def training_loader(batches: MicroBatches, start: int, end: int, workers: int, pin: bool) -> Iterator[Iterator[Batch]]:
-    """Micro-batches of the steps start .. end - 1, decoded ahead by worker processes when there are any."""
-    numbers = range(start * batches.run.accumulate, end * batches.run.accumulate)
-    iterator = iter(_loader(batches, numbers, workers, pin))
+def open_loader(dataset: Dataset[Item], numbers: range, workers: int, pin: bool = False) -> Iterator[Iterator[Item]]:
+    """The items of a dataset with these numbers, in order, once; the workers end with the context."""
+    iterator = iter(_loader(dataset, numbers, workers, pin))
     try:
         yield iterator
     finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,24 +30,35 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 EVALUATION_SHARE = 0.875  # side of the centre crop over the shorter side, as is usual on ImageNet
 MOST_PIXELS = 178_956_970  # Pillow's limit, against files that unpack to more than the memory
 NPY = b"\x93NUMPY"
+WHOLE = -1  # the seed of no random crop: the whole image
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels."""
+Place = tuple[float, float, float, float]
+"""top, left, bottom, right as shares of the height and width of a whole image."""
 
 
 class ImageError(ValueError):
     """An image that cannot be read: it is skipped and counted, not the end of a run."""
 
 
-def load_crop(data: bytes, config: DataConfig, seed: int | None) -> Tensor:
-    """The crop that `seed` decides, or evaluation's when it is None, of an encoded image.
+class Crop(NamedTuple):
+    """A part of an image, scaled, and which part it is."""
+
+    image: Tensor
+    """uint8 [C, H, W]; it lies in memory as [H, W, C]."""
+    place: Place
+    """What its pixels show; beyond 0..1 where they show more than the image."""
+
+
+def load_crop(data: bytes, config: DataConfig, seed: int | None) -> Crop:
+    """The crop that `seed` decides of an encoded image; evaluation's for None; all of it, squeezed, for WHOLE.
+
+    A place is exact at any size of decoding: the last pixel of a scaled JPEG may lie beyond the edge in part.
 
     Args:
         data: the bytes of an image file.
         config: its image_size, channels and crop_scale.
-
-    Returns:
-        uint8 [C, H, W]; it lies in memory as [H, W, C].
 
     Raises:
         ImageError: the image cannot be decoded, or has other channels.
@@ -58,9 +69,12 @@ def load_crop(data: bytes, config: DataConfig, seed: int | None) -> Tensor:
         if size is not None:
             box = choose_box(size, config, seed)
             eighths = _eighths(box, target)
+            while seed == WHOLE and any(side * eighths % 8 for side in size):
+                eighths *= 2  # until the pixels end where the image does
             pixels = _decode_jpeg(data, size, config.channels, eighths)
             if pixels is not None:
-                return resize(pixels, _scaled(box, eighths, pixels.shape), target)
+                scaled = _scaled(box, eighths, pixels.shape)
+                return Crop(resize(pixels, scaled, target), _place(scaled, size, eighths))
         pixels = decode(data, config.channels, turbo=False)
     except ImageError:
         raise
@@ -69,10 +83,11 @@ def load_crop(data: bytes, config: DataConfig, seed: int | None) -> Tensor:
     return crop_pixels(pixels, config, seed)
 
 
-def crop_pixels(pixels: Pixels, config: DataConfig, seed: int | None) -> Tensor:
+def crop_pixels(pixels: Pixels, config: DataConfig, seed: int | None) -> Crop:
     """`load_crop` for decoded pixels, uint8 [H, W, C]."""
-    height, width, _ = pixels.shape
-    return resize(pixels, choose_box((width, height), config, seed), config.image_size)
+    size = pixels.shape[1], pixels.shape[0]
+    box = choose_box(size, config, seed)
+    return Crop(resize(pixels, box, config.image_size), _place(box, size))
 
 
 def decode(data: bytes, channels: int, turbo: bool = True) -> Pixels:
@@ -139,6 +154,8 @@ def choose_box(size: tuple[int, int], config: DataConfig, seed: int | None) -> B
     height, width = config.image_size
     if seed is None:
         return centre_box(size, (width, height))
+    if seed == WHOLE:
+        return 0, 0, *size
     return random_box(size, (width, height), config.crop_scale, random.Random(seed))
 
 
@@ -210,6 +227,12 @@ def _eighths(box: Box, target: tuple[int, int]) -> int:
 def _scaled(box: Box, eighths: int, shape: tuple[int, ...]) -> Box:
     left, top, right, bottom = (round(side * eighths / 8) for side in box)
     return left, top, min(right, shape[1]), min(bottom, shape[0])
+
+
+def _place(box: Box, size: tuple[int, int], eighths: int = 8) -> Place:
+    """Of a box in an image of `size` (width, height) that was decoded at `eighths` / 8 of it."""
+    left, top, right, bottom = (side * 8 / eighths for side in box)
+    return top / size[1], left / size[0], bottom / size[1], right / size[0]
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:

@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.data.decode import load_crop
+from dtm_triton.train.data.decode import Crop, load_crop
 from dtm_triton.train.data.names import Names
 from dtm_triton.train.engine.checkpoint import FolderError
 
@@ -75,7 +74,7 @@ class ImageFolder:
         with open(os.path.join(self.folder, self.files[number]), "rb", buffering=0) as file:
             return file.read()
 
-    def load(self, number: int, seed: int | None) -> Tensor:
+    def load(self, number: int, seed: int | None) -> Crop:
         return load_crop(self.read(number), self.config, seed)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.data.decode import ImageError, load_crop
+from dtm_triton.train.data.decode import Crop, ImageError, load_crop
 from dtm_triton.train.engine.checkpoint import FolderError
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
@@ -65,7 +64,7 @@ class HuggingFaceImages:
             return Path(cell["path"]).read_bytes()
         raise ImageError("is empty")
 
-    def load(self, number: int, seed: int | None) -> Tensor:
+    def load(self, number: int, seed: int | None) -> Crop:
         return load_crop(self.read(number), self.config, seed)
 
     def _cell(self, number: int) -> dict[str, Any]:

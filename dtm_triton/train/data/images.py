@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.data.decode import ImageError
+from dtm_triton.train.data.decode import WHOLE, Crop, ImageError
 
-__all__ = ["Digits", "ImageError", "Images", "open_images"]
+__all__ = ["WHOLE", "Crop", "Digits", "ImageError", "Images", "open_images"]
 
 
 class Images(Protocol):
@@ -30,8 +30,8 @@ class Images(Protocol):
     def name(self, number: int) -> str:
         """What people find an image by."""
 
-    def load(self, number: int, seed: int | None) -> Tensor:
-        """Image uint8 [C, H, W]: a random crop decided by `seed`, or the fixed one of evaluation when None.
+    def load(self, number: int, seed: int | None) -> Crop:
+        """A random crop decided by `seed`; evaluation's fixed one for None; the whole image, squeezed, for WHOLE.
 
         Raises ImageError, or OSError, for an image that cannot be read.
         """
@@ -72,11 +72,12 @@ def open_images(config: DataConfig, part: str) -> Images | None:
 class Digits:
     """The 1,797 digits of scikit-learn, 8 x 8 pixels, each at a random place of a larger black canvas.
 
-    Every fifth one is held out: 1,437 to train, 360 to test.
+    Every fifth one is held out: 1,437 to train, 360 to test. The whole image is the canvas with the digit in its
+    middle; what a random place moves into the canvas lies outside of it.
 
     >>> from dtm_triton.train.recipes import digits
     >>> train, test = Digits(digits(), "train"), Digits(digits(), "test")
-    >>> len(train.labels), len(test.labels), test.load(0, None).shape
+    >>> len(train.labels), len(test.labels), test.load(0, None).image.shape
     (1437, 360, torch.Size([1, 12, 12]))
     """
 
@@ -101,10 +102,12 @@ class Digits:
     def name(self, number: int) -> str:
         return f"digit {number}"
 
-    def load(self, number: int, seed: int | None) -> Tensor:
+    def load(self, number: int, seed: int | None) -> Crop:
         draw = random.Random(number if seed is None else seed)
         channels, height, width = self.shape
-        top, left = draw.randrange(height - 7), draw.randrange(width - 7)
+        middle = (height - 8) // 2, (width - 8) // 2
+        top, left = middle if seed == WHOLE else (draw.randrange(height - 7), draw.randrange(width - 7))
         canvas = torch.zeros(channels, height, width, dtype=torch.uint8)
         canvas[:, top : top + 8, left : left + 8] = self.pixels[number]
-        return canvas
+        down, right = middle[0] - top, middle[1] - left
+        return Crop(canvas, (down / height, right / width, 1 + down / height, 1 + right / width))

@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.data.decode import load_crop
+from dtm_triton.train.data.decode import Crop, load_crop
 from dtm_triton.train.data.folder import SUFFIXES
 from dtm_triton.train.data.names import Names
 from dtm_triton.train.data.shard_index import open_index
@@ -96,7 +95,7 @@ class ShardImages:
             data += more
         return data
 
-    def load(self, number: int, seed: int | None) -> Tensor:
+    def load(self, number: int, seed: int | None) -> Crop:
         return load_crop(self.read(number), self.config, seed)
 
     def announce(self, shards: list[int]) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dtm_triton.train.config.data import DataConfig
-from dtm_triton.train.data.decode import ImageError, crop_pixels, load_crop, with_channels
+from dtm_triton.train.data.decode import Crop, ImageError, crop_pixels, load_crop, with_channels
 from dtm_triton.train.engine.checkpoint import FolderError
 
 SPLITS = {"train": ("train", "trainval", "train_noval"), "test": ("test", "val", "valid", "validation")}
@@ -62,7 +61,7 @@ class TorchvisionImages:
         image.save(buffer, "PNG")
         return buffer.getvalue()
 
-    def load(self, number: int, seed: int | None) -> Tensor:
+    def load(self, number: int, seed: int | None) -> Crop:
         import numpy as np
 
         image = self._image(number)
