@@ -1,108 +1,158 @@
-"""MAE's network over timm's families: dropped is as if not attended to, predictions lie in their places."""
+"""MAE's network: what the decoder reads and where, fixed positions; what the encoder sees is in test_keeping."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
+from families import PATCHES, SIZE, disturbed, every_family, family_arguments, parts
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from dtm_triton.partition import Partition
+from dtm_triton.train.config import OptimizerConfig
+from dtm_triton.train.engine.optimizer import parameter_groups
 from dtm_triton.train.models.autoencoder import Decoder, MaskedAutoencoder
-from dtm_triton.train.models.average import frozen_copy
-
-FAMILIES = {
-    "vit": ("vit_tiny_patch16_224", {}),
-    "vit-registers": ("vit_tiny_patch16_224", {"reg_tokens": 3, "init_values": 0.1, "qk_norm": True}),
-    "vit-no-class": ("vit_tiny_patch16_224", {"class_token": False}),
-    "eva": ("eva02_tiny_patch14_224", {}),
-    "dinov3": ("vit_small_patch16_dinov3", {"init_values": 0.1}),
-}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+from dtm_triton.train.models.average import follow, frozen_copy
+from dtm_triton.train.models.export import export_student, load_exported
+from dtm_triton.train.models.student import MaskedStudent
 
 
-def build(family: str = "vit", masked: int = 15, **changes: Any) -> Any:
-    name, kwargs = FAMILIES[family]
+def build(family: str = "vit", **changes: Any) -> Any:
+    name, kwargs = family_arguments(family)
+    kwargs = {**kwargs, **changes.pop("model_kwargs", {})}
     torch.manual_seed(0)
-    settings = {"out_features": 5, "image_size": (12, 8), "patch_size": 2, "in_chans": 5, **changes}
-    settings = {"width": 16, "depth": 1, "heads": 2, **settings}
-    return MaskedAutoencoder(
-        name, masked=masked, model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3, **kwargs}, **settings
-    )
+    settings = {"width": 16, "depth": 2, "heads": 2, "out_features": 5, **SIZE, **changes}
+    return MaskedAutoencoder(name, model_kwargs=kwargs, **settings)
 
 
-def images_and_mask() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.rand(3, 24, generator=generator)
-    return torch.rand(3, 5, 12, 8, generator=generator), scores.argsort(1).argsort(1) < 15
+def images(batch: int = 3) -> Tensor:
+    return torch.rand(batch, 3, 12, 8, generator=torch.Generator().manual_seed(2))
 
 
-@every_family
-def test_dropped_patches_are_as_if_nobody_attended_to_them(family: str) -> None:
-    network = build(family).eval()
-    images, mask = images_and_mask()
-    visible = network.tokens(images, mask)
-    plain: Any = timm.create_model(network.model_name, **network.create_kwargs).eval()
-    plain.load_state_dict(network.backbone_state_dict(), strict=True)
-    prefix = plain.num_prefix_tokens
-    seen = torch.cat([torch.ones(3, prefix, dtype=torch.bool), ~mask], dim=1)
-    attention = seen[:, None, None, :].expand(-1, -1, prefix + 24, -1)
-    whole = plain.forward_intermediates(
-        images, indices=1, norm=True, output_fmt="NLC", intermediates_only=True, attn_mask=attention
-    )[0]
-    torch.testing.assert_close(visible, whole[~mask].view(3, 9, 24), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(network.tokens(images), plain.forward_features(images)[:, prefix:], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(network.features(images), network.tokens(images).mean(1))
+def places(*images: tuple[int, ...]) -> Tensor:
+    return torch.tensor([[place in image for place in range(PATCHES)] for image in images])
 
 
-@every_family
-def test_every_parameter_takes_part(family: str) -> None:
-    network = build(family)
-    images, mask = images_and_mask()
-    network(images, mask).square().mean().backward()
-    unused = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    assert unused == [] and not any("patch_embed.mask_token" in name for name, _ in network.named_parameters())
-    assert "decoder.mask_token" in network.no_weight_decay() and "backbone.patch_embed.proj.weight" not in (
-        network.no_weight_decay()
-    )
-    average = frozen_copy(network)
-    assert {name for name, _ in average.named_parameters()} == {
-        name for name, _ in network.named_parameters() if not name.startswith("decoder.")
-    }
-    assert average.tokens(images, average=2).shape == (3, 24, 24)
-
-
-def test_the_decoder_reads_tokens_in_raster_order_at_their_positions() -> None:
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+@pytest.mark.parametrize("thrown", [((), ()), ((0, 5, 8, 22), (2, 3, 9, 14))])
+def test_the_decoder_reads_prefix_and_kept_patches_in_raster_order(prefix: int, thrown: Any) -> None:
     torch.manual_seed(0)
     decoder = Decoder(24, (6, 4), width=16, depth=1, heads=2, out_features=5)
-    seen: list[torch.Tensor] = []
+    nn.init.normal_(decoder.mask_token)
+    seen: list[Tensor] = []
     decoder.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    visible, places = torch.rand(1, 3, 24), torch.tensor([[2, 7, 23]])
-    assert decoder(visible, places).shape == (1, 24, 5)
-    content = seen[0][0] - decoder.positions
-    embedded = decoder.embed(visible)[0]
-    for place in range(24):
-        expected = embedded[[2, 7, 23].index(place)] if place in (2, 7, 23) else decoder.mask_token
-        torch.testing.assert_close(content[place], expected, atol=1e-6, rtol=1e-5)
-    assert decoder.positions.unique(dim=0).shape == (24, 16)
+    visible = ((2, 7, 23), (0, 1, 10))
+    kept = [[place for place in range(PATCHES) if place not in each] for each in thrown]
+    masked = [tuple(place for place in all_ if place not in own) for all_, own in zip(kept, visible, strict=True)]
+    partition = Partition.of(places(*masked), places(*thrown), len(masked[0]), len(thrown[0]))
+    tokens = torch.rand(2, prefix + 3, 24)
+    outputs = decoder(tokens, partition)
+    embedded = decoder.embed(tokens)
+    for image in range(2):
+        expected = [embedded[image, number] for number in range(prefix)]  # no position
+        for place in kept[image]:
+            known = place in visible[image]
+            token = embedded[image, prefix + visible[image].index(place)] if known else decoder.mask_token
+            expected.append(token + decoder.positions[place])
+        torch.testing.assert_close(seen[0][image], torch.stack(expected), atol=1e-6, rtol=1e-5)
+    assert outputs.shape == (2, len(kept[0]), 5) and decoder.positions.unique(dim=0).shape == (PATCHES, 16)
+    last = decoder.head(decoder.norm(decoder.blocks(seen[0])))
+    assert torch.equal(outputs, last[:, prefix:])
+
+
+@every_family
+def test_the_decoder_reads_what_the_encoder_says(family: str) -> None:
+    network, partition = disturbed(build(family)).eval(), parts(3, masked=7, thrown=9)
+    seen: list[Tensor] = []
+    network.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(images(), partition)
+    prefix = network.backbone.num_prefix_tokens
+    assert seen[0].shape == (3, prefix + 8, 24)
+    assert torch.equal(seen[0][:, prefix:], network.tokens(images(), partition))
+    outputs = []
+    for change in (0.0, 1.0):
+        hook = network.decoder.register_forward_pre_hook(lambda module, inputs, by=change: _add(inputs, by, prefix))
+        outputs.append(network(images(), partition))
+        hook.remove()
+    assert torch.equal(*outputs) is (prefix == 0), "prefix tokens matter"
+
+
+def _add(inputs: tuple[Tensor, Partition], by: float, prefix: int) -> tuple[Tensor, Partition]:
+    tokens = inputs[0].clone()
+    tokens[:, :prefix] += by * torch.linspace(-1, 1, 24)
+    return tokens, inputs[1]
+
+
+def test_names_without_decay_and_what_an_average_leaves_out() -> None:
+    network = build("beit")
+    assert not any("patch_embed.mask_token" in name for name, _ in network.named_parameters())
+    assert "decoder.mask_token" in network.no_weight_decay()
+    assert "backbone.patch_embed.proj.weight" not in network.no_weight_decay()
+    average = frozen_copy(network)
+    own = {name for name, _ in network.named_parameters() if not name.startswith("decoder.")}
+    assert {name for name, _ in average.named_parameters()} == own
+    assert average.tokens(images(), average=2).shape == (3, 24, 24)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"masked": 24}, "masked must leave patches to see, got 24 of 24"),
-        ({"width": 18}, "decoder.width must be a multiple of 4"),
-        ({"width": 16, "heads": 3}, "decoder.heads 3, got 16"),
-    ],
+    [({"width": 18}, "decoder.width must be a multiple of 4"), ({"heads": 3}, "decoder.heads 3, got 16")],
 )
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**changes)
 
 
-def test_beit_cannot_drop_patches() -> None:
-    with pytest.raises(ValueError, match=r"drop patches .* 'beit_base_patch16_224'"):
-        MaskedAutoencoder(
-            "beit_base_patch16_224", masked=1, width=16, depth=1, heads=2, out_features=5, image_size=4, patch_size=2,
-            model_kwargs={"embed_dim": 24, "depth": 1, "num_heads": 3},
-        )  # fmt: skip
+def sine_cosine(row: int, column: int, width: int) -> list[float]:
+    """MAE's numbers for a patch, sorted: its order of channels is another one."""
+    rates = [1 / 10000 ** (k / (width / 4)) for k in range(width // 4)]
+    return sorted(wave(rate * at) for at in (row, column) for rate in rates for wave in (math.sin, math.cos))
+
+
+FIXED = ["vit", "vit-no-class", "vit-registers", "vit-clip", "vit-dynamic", "beit-absolute", "eva"]
+
+
+@pytest.mark.parametrize("family", FIXED)
+@pytest.mark.parametrize("kind", ["autoencoder", "student"])
+def test_fixed_positions(family: str, kind: str, tmp_path: Path) -> None:
+    name, kwargs = family_arguments(family)
+    settings = {"model_kwargs": kwargs, "out_features": 5, "positions": "sincos", **SIZE}
+    torch.manual_seed(0)
+    network: Any = MaskedStudent(name, **settings) if kind == "student" else build(family, positions="sincos")
+    table = network.backbone.pos_embed
+    before = table.clone()
+    prefix = table.shape[1] - PATCHES
+    assert not table[:, :prefix].any() and not table.requires_grad
+    for place in range(PATCHES):
+        expected = torch.tensor(sine_cosine(place // 4, place % 4, 24))
+        torch.testing.assert_close(table[0, prefix + place].sort().values, expected, atol=1e-5, rtol=1e-4)
+    assert table[0, prefix:].unique(dim=0).shape[0] == PATCHES
+    # trained in no way
+    groups = parameter_groups(network, OptimizerConfig(lr=1e-2, weight_decay=0.5, layer_decay=0.5))
+    assert "backbone.pos_embed" not in [each for group in groups for each in group["names"]]
+    assert network.layer_of("backbone.pos_embed") == 0 and "backbone.pos_embed" in network.no_weight_decay()
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    network(images(), parts(3, masked=7, thrown=9)).square().mean().backward()
+    optimizer.step()
+    average = frozen_copy(network)
+    follow(average, network, 0.5)
+    assert torch.equal(table, before) and torch.equal(average.backbone.pos_embed, before)
+    # and kept as a table like any other
+    weights = export_student(network, tmp_path)
+    assert torch.equal(load_file(weights)["pos_embed"], before)
+    exported: Any = load_exported(tmp_path)
+    torch.testing.assert_close(exported(images())[:, -PATCHES:], network.eval().tokens(images()))
+    again: Any = MaskedStudent(name, **{**settings, "positions": "learned"})
+    again.load_backbone_state_dict(load_file(weights))
+    assert torch.equal(again.backbone.pos_embed, before) and again.backbone.pos_embed.requires_grad
+
+
+def test_fixed_positions_need_a_table_and_room() -> None:
+    with pytest.raises(ValueError, match="positions must be 'learned' .* got 'sincos', 'beitv2_base_patch16_224'"):
+        build("beit", positions="sincos")
+    with pytest.raises(ValueError, match="multiple of 4, got 18"):
+        build(positions="sincos", model_kwargs={"embed_dim": 18})

@@ -18,6 +18,7 @@ FAMILIES = {
     "vit": ("vit_tiny_patch16_224", {"reg_tokens": 2}),
     "clip": ("vit_base_patch16_clip_quickgelu_224.openai", {}),
     "beit": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}),
+    "beit-tables": ("beit_base_patch16_224", {"use_abs_pos_emb": True}),
     "eva": ("eva02_tiny_patch14_224", {}),
 }
 

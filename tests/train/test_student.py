@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import math
 import tempfile
+from typing import Any
 
 import pytest
 import timm
 import torch
+from families import SIZE, every_family, family_arguments, parts
 from torch import nn
 
-from dtm_triton.train.models.student import MaskedStudent
-
-SHARED_BIAS = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "init_values": 0.1}
-FAMILIES = {
-    "vit": ("vit_tiny_patch16_224", {}),
-    "vit-no-class": ("vit_tiny_patch16_224", {"class_token": False}),
-    "vit-registers": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
-    "vit-dynamic": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
-    "vit-clip": ("vit_base_patch16_clip_quickgelu_224.openai", {}),
-    "beit": ("beitv2_base_patch16_224", {"init_values": 0.1}),
-    "beit-shared": ("beit_base_patch16_224", SHARED_BIAS),
-    "eva": ("eva02_tiny_patch14_224", {}),
-    "eva-dynamic": ("eva02_tiny_patch14_224", {"dynamic_img_size": True}),
-    "dinov3": ("vit_small_patch16_dinov3", {"init_values": 0.1}),
-}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+from dtm_triton.groups import TokenGroups, morph_tokens
+from dtm_triton.partition import Partition
+from dtm_triton.train.models.student import CodeStudent, MaskedStudent, ProjectedStudent
 
 
-def build(family: str = "vit", **options) -> MaskedStudent:
-    name, kwargs = FAMILIES[family]
+def build(family: str = "vit", kind: type[MaskedStudent] = MaskedStudent, **options) -> Any:
+    name, kwargs = family_arguments(family)
     torch.manual_seed(0)
-    settings = {"out_features": 5, "image_size": (12, 8), "patch_size": 2, **options}
-    kwargs = {"embed_dim": 24, "depth": 3, "num_heads": 3, **kwargs, **settings.pop("model_kwargs", {})}
-    return MaskedStudent(name, model_kwargs=kwargs, **settings)
+    settings = {"out_features": 5, **SIZE, **options}
+    return kind(name, model_kwargs={**kwargs, **settings.pop("model_kwargs", {})}, **settings)
 
 
 def images(batch: int = 2) -> torch.Tensor:
     return torch.rand(batch, 3, 12, 8, generator=torch.Generator().manual_seed(1))
 
 
-def half_mask(batch: int = 2) -> torch.Tensor:
-    return torch.rand(batch, 24, generator=torch.Generator().manual_seed(2)) < 0.5
+def half_masked(batch: int = 2, thrown: int = 0) -> Partition:
+    return parts(batch, masked=12, thrown=thrown)
 
 
 @every_family
@@ -54,33 +42,61 @@ def test_tokens_are_those_of_the_plain_model(family):
     assert torch.equal(student.tokens(images()), expected)
     assert torch.equal(student(images()), student.head(expected))
     assert torch.allclose(student.features(images()), expected.mean(1))
-    nothing = torch.zeros(2, 24, dtype=torch.bool)
-    assert torch.equal(student(images(), nothing), student(images()))
+    assert torch.equal(student(images(), parts(2, masked=0, thrown=0)), student(images()))
 
 
 @every_family
 def test_masked_patches_are_hidden_and_only_they(family):
     student = build(family).eval()
-    x, mask = images(), half_mask()
+    x, partition = images(), half_masked()
+    mask = partition.mask
     pixels = mask.view(2, 1, 6, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
     noise = torch.rand_like(x)
-    assert torch.equal(student(torch.where(pixels, noise, x), mask), student(x, mask))
+    assert torch.equal(student(torch.where(pixels, noise, x), partition), student(x, partition))
     # one seen patch of the first image changes: seen by the first image only
     position = int((~mask[0]).nonzero()[5])
     changed = x.clone()
     row, column = 2 * (position // 4), 2 * (position % 4)
     changed[0, :, row : row + 2, column : column + 2] += 0.5
-    difference = (student(changed, mask) - student(x, mask)).abs().amax(-1)
+    difference = (student(changed, partition) - student(x, partition)).abs().amax(-1)
     assert (difference[0] > 0).all() and not difference[1].any()
-    hidden = student(x, torch.ones(2, 24, dtype=torch.bool))
+    hidden = student(x, parts(2, masked=24, thrown=0))
     assert torch.allclose(hidden[0], hidden[1], atol=1e-6)
     assert not torch.allclose(hidden, student(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("thrown", [0, 5])
+def test_codes_are_of_masked_patches_morphed_among_the_kept(thrown):
+    student, partition = build("beit", CodeStudent).eval(), half_masked(thrown=thrown)
+    kept = 24 - thrown
+    generator = torch.Generator().manual_seed(3)
+    index = torch.rand(3, 2, kept, generator=generator).argsort(-1).int() % 6
+    groups = [
+        TokenGroups(each, torch.stack([torch.bincount(row, minlength=6) for row in each]).int()) for each in index
+    ]
+    logits = student(images(), partition, groups)
+    assert logits.shape == (3, 2, 12, 5)
+    tokens = student.tokens(images(), partition)
+    for each, found in zip(groups, logits, strict=True):
+        whole = student.head(morph_tokens(tokens, each))
+        for image in range(2):
+            rows = [partition.kept[image].tolist().index(place) for place in partition.masked[image].tolist()]
+            torch.testing.assert_close(found[image], whole[image, rows], atol=1e-5, rtol=1e-4)
+
+
+def test_projections_are_of_the_mean_and_of_every_token():
+    student = build("vit", ProjectedStudent, hidden=32).eval()
+    for partition in (None, half_masked()):
+        whole, tokens = student(images(), partition)
+        seen = student.tokens(images(), partition)
+        torch.testing.assert_close(whole, student.predictor(student.head(seen.mean(1))))
+        torch.testing.assert_close(tokens, student.predictor(student.head(seen)))
 
 
 @every_family
 def test_every_parameter_takes_part(family):
     student = build(family)
-    student(images(), half_mask()).square().mean().backward()
+    student(images(), half_masked()).square().mean().backward()
     unused = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
     assert unused == []
 
@@ -190,21 +206,21 @@ def test_checkpointed_blocks_give_the_same_gradients(family):
     for enable in (False, True):
         student = build(family)
         student.set_grad_checkpointing(enable)
-        student(images(), half_mask()).square().mean().backward()
+        student(images(), half_masked()).square().mean().backward()
         assert student.backbone.grad_checkpointing is enable
         gradients.append([p.grad for p in student.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("family", ["vit-dynamic", "beit-shared"])
+@pytest.mark.parametrize("family", ["vit-dynamic", "beit-both"])
 def test_compiles_in_one_graph(family):
     torch._dynamo.reset()
     student = build(family)
     compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
-    for batch in (2, 3):
-        assert torch.allclose(
-            compiled(images(batch), half_mask(batch)), student(images(batch), half_mask(batch)), atol=1e-6
-        )
+    for batch, thrown in ((2, 0), (3, 0), (3, 5)):
+        partition = half_masked(batch, thrown)
+        expected = student(images(batch), partition)
+        torch.testing.assert_close(compiled(images(batch), partition), expected, atol=1e-6, rtol=1e-4)
 
 
 def test_distributed_training_finds_every_gradient():
@@ -213,7 +229,7 @@ def test_distributed_training_finds_every_gradient():
         try:
             student = nn.parallel.DistributedDataParallel(build("beit-shared"))
             for _ in range(2):  # an unused parameter is an error in the second step
-                student(images(), half_mask()).square().mean().backward()
+                student(images(), half_masked()).square().mean().backward()
         finally:
             torch.distributed.destroy_process_group()
 
@@ -227,7 +243,7 @@ def test_autocast_drop_path_and_channels():
     ]
     assert "drop_path_rate" not in student.create_kwargs
     with torch.autocast("cpu", torch.bfloat16):
-        out = student(images()[:, :1], half_mask())
+        out = student(images()[:, :1], half_masked())
     assert out.dtype == torch.bfloat16 and out.shape == (2, 24, 5)
 
 
@@ -237,7 +253,7 @@ def test_state_dict_round_trip():
         for parameter in first.parameters():
             parameter.add_(0.1)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first.eval()(images(), half_mask()), second.eval()(images(), half_mask()))
+    assert torch.equal(first.eval()(images(), half_masked()), second.eval()(images(), half_masked()))
 
 
 @pytest.mark.parametrize(
@@ -261,11 +277,3 @@ def test_bad_arguments(arguments, message):
         settings["model_kwargs"] = {"embed_dim": 24, "depth": 1, "num_heads": 3, **settings.get("model_kwargs", {})}
     with pytest.raises(ValueError, match=message):
         MaskedStudent(**settings)
-
-
-def test_bad_masks():
-    student = build()
-    with pytest.raises(ValueError, match=r"mask must be bool \[2, 24\], got torch.float32"):
-        student(images(), torch.zeros(2, 24))
-    with pytest.raises(ValueError, match=r"mask must be bool \[2, 24\], got torch.bool \[2, 25\]"):
-        student(images(), torch.zeros(2, 25, dtype=torch.bool))

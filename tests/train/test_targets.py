@@ -20,6 +20,7 @@ from dtm_triton.train.command_line import run_command
 from dtm_triton.train.config import PretrainConfig, TeacherConfig
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.models.attention import attention_map
 from dtm_triton.train.models.targets import HogTargets, PixelTargets
 from dtm_triton.train.models.teacher import build_teacher
 
@@ -34,10 +35,11 @@ FAMILIES: dict[str, tuple[str, int, int, int]] = {  # model, patch, prefix token
 }
 
 
-def test_pixel_targets_are_standardised_patches() -> None:
+@pytest.mark.parametrize("standardise", [True, False])
+def test_pixel_targets_are_patches_standardised_or_not(standardise: bool) -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     images = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    targets = PixelTargets((4, 6), 2, mean, std)(images)
+    targets = PixelTargets((4, 6), 2, mean, std, standardise=standardise)(images)
     for image, tokens in zip(images, targets, strict=True):
         for row in range(2):
             for column in range(3):
@@ -48,7 +50,7 @@ def test_pixel_targets_are_standardised_patches() -> None:
                     for c in range(3)
                 ]
                 patch = torch.tensor(pixels)
-                expected = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                expected = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt() if standardise else patch
                 torch.testing.assert_close(tokens[3 * row + column], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -109,6 +111,12 @@ def test_teachers_of_every_family(family: str, tmp_path: Path) -> None:
     x = (x - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
     tokens = model.fc_norm(model.forward_features(x)[:, prefix:])
     torch.testing.assert_close(targets, model.head(tokens) if width else tokens, atol=1e-5, rtol=1e-4)
+    y = torch.rand(2, 3, 45, 83)  # of any size: resized and normalised as for the targets
+    maps = teacher.attention(y)
+    assert maps.shape == (2, 15) and maps.dtype == torch.float32
+    resized = F.interpolate(y, teacher.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+    resized = (resized - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
+    torch.testing.assert_close(maps, attention_map(model, resized), atol=1e-4, rtol=1e-3)
     if not width:  # the final norm was the last to act
         assert ((targets - model.norm.bias) / model.norm.weight).mean(-1).abs().max() < 1e-4
 

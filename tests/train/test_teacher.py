@@ -112,6 +112,8 @@ def test_teachers_stay_frozen(saved):
     x = images().requires_grad_()
     assert not teacher(x).requires_grad
     assert torch.equal(teacher(x), teacher(x))
+    assert not teacher.attention(x).requires_grad
+    assert not any(module.training for module in teacher.modules())
     assert all(value.device == p.device for value in (teacher.mean, teacher.std) for p in teacher.parameters())
 
 
@@ -232,10 +234,15 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 def test_bad_images(saved):
     teacher = build_teacher(CLIP, weights=saved(plain()), model_kwargs=SMALL)
-    with pytest.raises(TypeError, match=r"images .* torch.uint8"):
-        teacher((images() * 255).byte())
-    with pytest.raises(ValueError, match=r"images must have 3 channels or one, got \[2, 2, 32, 32\]"):
-        teacher(images()[:, :2])
+    for look in (teacher, teacher.attention):
+        with pytest.raises(TypeError, match=r"images .* torch.uint8"):
+            look((images() * 255).byte())
+        with pytest.raises(ValueError, match=r"images must have 3 channels or one, got \[2, 2, 32, 32\]"):
+            look(images()[:, :2])
+    grey = images()[:, :1]
+    assert torch.equal(
+        teacher.attention(grey, "row_column"), teacher.attention(grey.expand(-1, 3, -1, -1), "row_column")
+    )
 
 
 @pytest.mark.parametrize(("size", "patch", "channels"), [(12, 2, 1), ((12, 20), 4, 3), ((9, 6), 3, 2), (5, 1, 1)])

@@ -1,6 +1,7 @@
-"""MAE's network (arXiv 2111.06377): the encoder sees the visible patches only, a light decoder predicts all of them.
+"""MAE's network (arXiv 2111.06377): the encoder sees the visible patches only, a light decoder predicts the others.
 
-Shapes: images [B, C, H, W], mask [B, N] with equally many True in every row, visible tokens [B, V, D].
+Shapes: images [B, C, H, W], visible tokens [B, P + V, D], P prefix tokens first; K = M + V patches are kept, all N
+unless some are thrown. Neither encoder nor decoder ever meets a thrown one.
 """
 
 from __future__ import annotations
@@ -13,35 +14,21 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dtm_triton.partition import Partition
 from dtm_triton.train.models.encoder import Encoder
-from dtm_triton.train.models.student import take
-
-
-class KeepVisible(nn.Module):
-    """In the place of a timm model's `patch_drop`: keeps the patches in `places` [B, V], prefix tokens always.
-
-    Models with rotary positions (`Eva`) are also told which patches stay. Nothing is dropped while `places` is None.
-    """
-
-    def __init__(self, prefix: int, tell: bool) -> None:
-        super().__init__()
-        self.prefix, self.tell = prefix, tell
-        self.places: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Any:
-        if self.places is not None:
-            x = torch.cat([x[:, : self.prefix], take(x[:, self.prefix :], self.places)], dim=1)
-        return (x, self.places) if self.tell else x
 
 
 class Decoder(nn.Module):
     """Transformer blocks over visible tokens and mask tokens in raster order, with fixed sine-cosine positions.
 
+    The encoder's prefix tokens come first and have no position.
+
     Raises ValueError for a width that is no multiple of 4 (positions) and of the heads.
 
     >>> decoder = Decoder(24, (2, 3), width=16, depth=1, heads=2, out_features=5)
-    >>> decoder(torch.rand(4, 2, 24), torch.tensor([[0, 5]]).expand(4, -1)).shape
-    torch.Size([4, 6, 5])
+    >>> masked, thrown = (torch.tensor([[place in each for place in range(6)]] * 4) for each in ([1, 2], [4]))
+    >>> decoder(torch.rand(4, 1 + 3, 24), Partition.of(masked, thrown, 2, 1)).shape
+    torch.Size([4, 5, 5])
     """
 
     positions: Tensor
@@ -60,73 +47,62 @@ class Decoder(nn.Module):
         self.head = nn.Linear(width, out_features)
         self.grad_checkpointing = False
 
-    def forward(self, visible: Tensor, places: Tensor) -> Tensor:
-        """Predictions [B, N, out_features] from the visible tokens [B, V, inputs] and where they lie [B, V]."""
-        visible = self.embed(visible)
-        hidden = self.mask_token.to(visible.dtype).expand(len(visible), len(self.positions), -1)
-        x = hidden.scatter(1, places[..., None].expand_as(visible), visible) + self.positions
+    def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
+        """Predictions [B, K, out_features] of the kept patches from the tokens [B, P + V, inputs] of visible ones."""
+        x = self.embed(tokens)
+        num_visible = partition.visible.shape[1]
+        prefix, visible = x.split([x.shape[1] - num_visible, num_visible], dim=1)
+        num_kept = num_visible + partition.masked.shape[1]
+        hidden = self.mask_token.to(x.dtype).expand(len(x), num_kept, -1)
+        patches = hidden.scatter(1, partition.visible_among_kept[..., None].expand_as(visible), visible)
+        patches = patches + (self.positions[partition.kept] if partition.thrown.shape[1] else self.positions)
+        x = torch.cat([prefix.to(patches.dtype), patches], dim=1)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x[:, prefix.shape[1] :]))
 
 
 class MaskedAutoencoder(Encoder):
-    """An `Encoder` without mask token, whose backbone never sees masked patches, and a `Decoder` for all of them.
+    """An `Encoder` without mask token, whose backbone sees visible patches only, and a `Decoder` for all that is kept.
 
-    The decoder reads patch tokens; MAE's also reads the class token. Arguments as `Encoder`'s; masked: patches masked
-    in every image; width, depth, heads: of the decoder; out_features: of the targets, None: the encoder's width.
+    Arguments as `Encoder`'s; width, depth, heads: of the decoder; out_features: of the targets, None: the encoder's
+    width.
 
-    Raises ValueError as `Encoder`, and for a model that cannot drop patches (Beit).
+    Raises ValueError as `Encoder`, and for a model that cannot leave patches (neither VisionTransformer, Eva nor Beit).
 
-    >>> network = MaskedAutoencoder("vit_tiny_patch16_224", masked=27, width=16, depth=1, heads=2, out_features=8,
+    >>> network = MaskedAutoencoder("vit_tiny_patch16_224", width=16, depth=1, heads=2, out_features=8,
     ...                             image_size=12, patch_size=2,
     ...                             model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
-    >>> images, mask = torch.rand(4, 3, 12, 12), (torch.arange(36) % 4 > 0).expand(4, -1)
-    >>> network(images, mask).shape, network.tokens(images, mask).shape, network.tokens(images).shape
-    (torch.Size([4, 36, 8]), torch.Size([4, 9, 24]), torch.Size([4, 36, 24]))
+    >>> masked, thrown = ((torch.arange(36) % 4 == each).expand(4, -1) for each in (0, 2))
+    >>> images, partition = torch.rand(4, 3, 12, 12), Partition.of(masked, thrown, 9, 9)
+    >>> network(images, partition).shape, network.tokens(images, partition).shape, network.tokens(images).shape
+    (torch.Size([4, 27, 8]), torch.Size([4, 18, 24]), torch.Size([4, 36, 24]))
     """
 
     not_averaged = ("decoder",)
 
     def __init__(
-        self,
-        model: str,
-        *,
-        masked: int,
-        width: int,
-        depth: int,
-        heads: int,
-        out_features: int | None,
-        **encoder: Any,
+        self, model: str, *, width: int, depth: int, heads: int, out_features: int | None, **encoder: Any
     ) -> None:
         super().__init__(model, **encoder)
-        if not hasattr(self.backbone, "patch_drop"):
-            raise ValueError(f"model must be able to drop patches (VisionTransformer, Eva), got {model!r}")
-        self.visible = self.grid[0] * self.grid[1] - masked
-        if self.visible < 1:
-            raise ValueError(f"masked must leave patches to see, got {masked} of {self.grid[0] * self.grid[1]}")
-        tell = not isinstance(self.backbone.patch_drop, nn.Module)  # Eva has none until it drops
-        self.backbone.patch_drop = KeepVisible(self.backbone.num_prefix_tokens, tell)
+        if self.keep is None:
+            raise ValueError(f"model must be able to leave patches (VisionTransformer, Eva, Beit), got {model!r}")
         inputs: int = self.backbone.embed_dim
         outputs = out_features or inputs
         self.decoder: Any = Decoder(inputs, self.grid, width=width, depth=depth, heads=heads, out_features=outputs)
         self.init_weights()
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Predictions [B, N, out_features] for images [B, C, H, W]; patches where mask [B, N] is True are left out."""
-        return self.decoder(self._encode(images, mask), self._places(mask))
+    def forward(self, images: Tensor, partition: Partition) -> Tensor:
+        """Predictions [B, K, out_features] of the kept patches of images [B, C, H, W], in raster order."""
+        return self.decoder(self._encode(images, partition), partition)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
 
-    def _places(self, mask: Tensor) -> Tensor:
-        return mask.int().argsort(dim=1, stable=True)[:, : self.visible]
-
-    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            self._check_mask(images, mask)
-            self.backbone.patch_drop.places = self._places(mask)
-        try:
-            return self.backbone.forward_features(images)[:, self.backbone.num_prefix_tokens :]
-        finally:
-            self.backbone.patch_drop.places = None
+    def _encode(self, images: Tensor, partition: Partition | None) -> Tensor:
+        if partition is None:
+            return self._run(images, None)
+        self._check_partition(images, partition)
+        if not partition.visible.shape[1]:
+            raise ValueError(f"partition must leave patches to see, got none of {partition.patches}")
+        return self._run(images, partition.visible)

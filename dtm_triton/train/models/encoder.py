@@ -1,6 +1,6 @@
 """The part of every network that is kept: an unmodified timm Vision Transformer, its tokens, its weights by name.
 
-Shapes: images [B, C, H, W], mask [B, N] with N = h * w patches of the grid, tokens [B, N, D].
+Shapes: images [B, C, H, W], tokens [B, N, D] with N = h * w patches of the grid, or [B, K, D] of those that are kept.
 """
 
 from __future__ import annotations
@@ -8,13 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import build_sincos2d_pos_embed, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dtm_triton.partition import Partition
+from dtm_triton.train.models.attention import Statistic, attention_map
+from dtm_triton.train.models.keeping import keep_patches
 
 HEADS = ("head.", "lm_head.", "cls_pt_layers.")  # what classifiers and BEiT's pre-training add to the backbone
 MASK_TOKEN = "patch_embed.mask_token"
@@ -24,8 +28,8 @@ class Encoder(nn.Module):
     """A timm `VisionTransformer`, `Beit` or `Eva` as `backbone`; what is trained adds a head to it.
 
     The model is built without classifier and pooling, so that its final norm acts on every token and each parameter
-    takes part in pre-training. Networks are entered by calling them, `tokens`, `features` or `classify`; none of
-    these calls another, so that a sharded network gathers its weights once.
+    takes part in pre-training. Networks are entered by calling them, `tokens`, `features` or `attention`;
+    none of these calls another, so that a sharded network gathers its weights once.
 
     Args:
         model: timm model name, for example "beit_base_patch16_224" or "vit_tiny_patch16_224".
@@ -33,11 +37,13 @@ class Encoder(nn.Module):
         patch_size: pixels a side.
         in_chans: image channels.
         drop_path: stochastic depth of the last block, 0..1.
+        positions: "learned" as the model has them, or "sincos": fixed sines and cosines as MAE, 0 for prefix tokens.
         model_kwargs: further timm arguments (embed_dim, depth, num_heads, init_values, use_shared_rel_pos_bias, ...).
 
     Raises:
         ValueError: an unknown model, one that is not a plain ViT, a size that is no multiple of the patch, arguments
-            the encoder sets itself, or ones that break the grid of tokens.
+            the encoder sets itself, or ones that break the grid of tokens; no table for fixed positions, or a
+            width that is no multiple of 4.
     """
 
     backbone: Any  # a timm model: what it offers is checked when it is built
@@ -52,6 +58,7 @@ class Encoder(nn.Module):
         patch_size: int,
         in_chans: int = 3,
         drop_path: float = 0.0,
+        positions: Literal["learned", "sincos"] = "learned",
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -73,14 +80,19 @@ class Encoder(nn.Module):
             raise ValueError(f"timm cannot build model {model!r} as a student: {refusal}") from refusal
         _check_backbone(model, backbone)
         self.backbone = backbone
+        self.keep = keep_patches(backbone)
+        if positions == "sincos":
+            _fix_positions(model, backbone)
 
     def init_weights(self) -> None:
         """Truncated-normal 0.02 for weights and tokens, zero biases, block outputs divided by sqrt(2 l).
 
+        What is frozen stays.
+
         Source: BEiT (arXiv 2106.08254) and DTM (2401.00254).
         """
         for name, parameter in self.named_parameters():
-            if name.endswith(("_token", "pos_embed")):
+            if name.endswith(("_token", "pos_embed")) and parameter.requires_grad:
                 trunc_normal_(parameter, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -104,30 +116,54 @@ class Encoder(nn.Module):
         """Transformer blocks of the backbone."""
         return len(self.backbone.blocks)
 
-    def tokens(self, images: Tensor, mask: Tensor | None = None, *, average: int = 0) -> Tensor:
+    def tokens(self, images: Tensor, partition: Partition | None = None, *, average: int = 0) -> Tensor:
         """The backbone's normed patch tokens [B, N, D]; class and register tokens are dropped.
 
-        average: with K > 0 (and no mask), instead the mean of the last K blocks' outputs, every token standardised over
-        its channels before and after: data2vec's targets (arXiv 2202.03555).
+        partition: of the patches that the network keeps, in raster order, [B, K, D]; None: nothing is masked.
+        average: with a number (and no partition), instead the mean of so many last blocks' outputs, every token
+        standardised over its channels before and after: data2vec's targets (arXiv 2202.03555).
         """
         if average == 0:
-            return self._encode(images, mask)
+            return self._patches(images, partition)
         layers = self.backbone.forward_intermediates(images, indices=average, output_fmt="NLC", intermediates_only=True)
         width = layers[0].shape[-1:]
         return F.layer_norm(torch.stack([F.layer_norm(layer.float(), width) for layer in layers]).mean(0), width)
 
     def features(self, images: Tensor) -> Tensor:
         """One vector per image [B, D]: the mean of the normed patch tokens, nothing masked."""
-        return self._encode(images, None).mean(dim=1)
+        return self._patches(images, None).mean(dim=1)
 
-    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Normed patch tokens, of all patches or of those that the network lets the backbone see."""
+    def attention(self, images: Tensor, statistic: Statistic = "class_row") -> Tensor:
+        """How much the last block attends to every patch, nothing masked: see `attention_map`."""
+        return attention_map(self.backbone, images, statistic)
+
+    def _patches(self, images: Tensor, partition: Partition | None) -> Tensor:
+        return self._encode(images, partition)[:, self.backbone.num_prefix_tokens :]
+
+    def _encode(self, images: Tensor, partition: Partition | None) -> Tensor:
+        """Normed tokens, prefix tokens first, of all patches or of those that the network lets the backbone see."""
         raise NotImplementedError
 
-    def _check_mask(self, images: Tensor, mask: Tensor) -> None:
-        patches = self.grid[0] * self.grid[1]
-        if mask.dtype != torch.bool or mask.shape != (images.shape[0], patches):
-            raise ValueError(f"mask must be bool [{images.shape[0]}, {patches}], got {mask.dtype} {list(mask.shape)}")
+    def _run(self, images: Any, places: Tensor | None) -> Tensor:
+        """Normed tokens, prefix tokens first, of the patches in places [B, K]; None: of all."""
+        if places is None:
+            return self.backbone.forward_features(images)
+        if self.keep is None:
+            raise ValueError(
+                f"model must be a VisionTransformer, Eva or Beit to leave patches, got {self.model_name!r}"
+            )
+        self.keep.places = places
+        try:
+            return self.backbone.forward_features(images)
+        finally:
+            self.keep.places = None
+
+    def _check_partition(self, images: Tensor, partition: Partition) -> None:
+        if not isinstance(partition, Partition):
+            raise TypeError(f"partition must be a Partition, got {type(partition).__name__}")
+        patches, found = self.grid[0] * self.grid[1], [list(part.shape) for part in partition]
+        if partition.patches != patches or any(shape[0] != images.shape[0] for shape in found):
+            raise ValueError(f"partition must be of {images.shape[0]} images and {patches} patches, got {found}")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass: less memory, more time."""
@@ -204,3 +240,18 @@ def _check_backbone(model: str, backbone: Any) -> None:
             f"model must norm its tokens, not their mean: {model!r} needs fc_norm=False (VisionTransformer) or "
             "use_fc_norm=False (Beit, Eva) in model_kwargs"
         )
+
+
+def _fix_positions(model: str, backbone: Any) -> None:
+    # up to the order of channels those of MAE
+    table, grid = backbone.pos_embed, [int(side) for side in backbone.patch_embed.grid_size]
+    if table is None:
+        raise ValueError(
+            f"positions must be 'learned' for a model without a table of positions, got 'sincos', {model!r}"
+        )
+    if table.shape[-1] % 4:
+        raise ValueError(f"positions 'sincos' need a width that is a multiple of 4, got {table.shape[-1]}")
+    fixed = build_sincos2d_pos_embed(grid, table.shape[-1])
+    with torch.no_grad():
+        table.copy_(F.pad(fixed, (0, 0, table.shape[1] - len(fixed), 0)))
+    table.requires_grad_(False)

@@ -1,10 +1,11 @@
 """The student: an unmodified timm Vision Transformer that sees a masked image and predicts one feature per patch.
 
-Shapes: images [B, C, H, W], mask [B, N] with N = h * w patches of the grid, tokens [B, N, D], outputs
-[B, N, out_features].
+Shapes: images [B, C, H, W], N = h * w patches of the grid, tokens [B, K, D] and outputs [B, K, out_features] of the
+K patches that are kept, in raster order: all N unless some are thrown.
 
 The mask token lives in a module around the model's `patch_embed`. The mask travels with the images, as the pair
-`(images, mask)` that `forward_features` hands to `patch_embed` untouched: no state, no hook, no patched method.
+`(images, mask)` that `forward_features` hands to `patch_embed` untouched. Thrown patches leave behind the position
+embedding (`keeping`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dtm_triton.groups import TokenGroups, morph_tokens
+from dtm_triton.partition import Partition
 from dtm_triton.train.models.encoder import Encoder
+from dtm_triton.train.models.keeping import take
 
 
 class MaskedPatchEmbed(nn.Module):
@@ -55,8 +58,9 @@ class MaskedStudent(Encoder):
 
     >>> student = MaskedStudent("vit_tiny_patch16_224", out_features=8, image_size=12, patch_size=2,
     ...                         model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
-    >>> student.grid, student(torch.rand(4, 3, 12, 12), torch.zeros(4, 36, dtype=torch.bool)).shape
-    ((6, 6), torch.Size([4, 36, 8]))
+    >>> masked, thrown = ((torch.arange(36) % 4 == each).expand(4, -1) for each in (0, 2))
+    >>> student.grid, student(torch.rand(4, 3, 12, 12), Partition.of(masked, thrown, 9, 9)).shape
+    ((6, 6), torch.Size([4, 27, 8]))
     >>> student.features(torch.rand(4, 3, 12, 12)).shape
     torch.Size([4, 24])
     """
@@ -70,21 +74,15 @@ class MaskedStudent(Encoder):
         self.head: nn.Module = nn.Linear(width, out_features or width)
         self.init_weights()
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Predictions [B, N, out_features] for images [B, C, H, W]; patches where mask [B, N] is True are hidden."""
-        return self.head(self._encode(images, mask))
+    def forward(self, images: Tensor, partition: Partition | None = None) -> Tensor:
+        """Predictions [B, K, out_features] for images [B, C, H, W]: masked patches are hidden, thrown ones leave."""
+        return self.head(self._patches(images, partition))
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Logits [B, out_features] of the mean token, nothing masked: the student as a classifier."""
-        return self.head(self._encode(images, None).mean(dim=1))
-
-    def _encode(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            x = self.backbone.forward_features(images)
-        else:
-            self._check_mask(images, mask)
-            x = self.backbone.forward_features((images, mask))
-        return x[:, self.backbone.num_prefix_tokens :]
+    def _encode(self, images: Tensor, partition: Partition | None) -> Tensor:
+        if partition is None:
+            return self._run(images, None)
+        self._check_partition(images, partition)
+        return self._run((images, partition.mask), partition.kept if partition.thrown.shape[1] else None)
 
 
 class CodeStudent(MaskedStudent):
@@ -94,17 +92,18 @@ class CodeStudent(MaskedStudent):
 
     >>> student = CodeStudent("vit_tiny_patch16_224", out_features=50, image_size=12, patch_size=2,
     ...                       model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
-    >>> mask = torch.arange(36) < 9
+    >>> partition = Partition.of((torch.arange(36) < 9).expand(4, -1), None, 9)
     >>> whole = TokenGroups(torch.zeros(4, 36).int(), torch.full((4, 1), 36).int())
-    >>> student(torch.rand(4, 3, 12, 12), mask.expand(4, -1), [whole, whole], torch.arange(9).expand(4, -1)).shape
+    >>> student(torch.rand(4, 3, 12, 12), partition, [whole, whole]).shape
     torch.Size([2, 4, 9, 50])
     """
 
     def forward(  # type: ignore[override]
-        self, images: Tensor, mask: Tensor, groups: list[TokenGroups], places: Tensor
+        self, images: Tensor, partition: Partition, groups: list[TokenGroups]
     ) -> Tensor:
-        """Logits [L, B, M, codes] of the tokens at `places` [B, M], morphed by each of L groupings."""
-        tokens = self._encode(images, mask)
+        """Logits [L, B, M, codes] of the masked patches, morphed by each of L groupings of the kept ones."""
+        tokens = self._patches(images, partition)
+        places = partition.masked_among_kept
         return self.head(torch.stack([take(morph_tokens(tokens, each), places) for each in groups]))
 
 
@@ -118,7 +117,7 @@ class ProjectedStudent(MaskedStudent):
 
     >>> student = ProjectedStudent("vit_tiny_patch16_224", hidden=32, out_features=8, image_size=12, patch_size=2,
     ...                            model_kwargs={"embed_dim": 24, "depth": 2, "num_heads": 3})
-    >>> whole, tokens = student(torch.rand(4, 3, 12, 12), torch.zeros(4, 36, dtype=torch.bool))
+    >>> whole, tokens = student(torch.rand(4, 3, 12, 12))
     >>> whole.shape, tokens.shape
     (torch.Size([4, 8]), torch.Size([4, 36, 8]))
     """
@@ -131,19 +130,12 @@ class ProjectedStudent(MaskedStudent):
         self.predictor: nn.Module = _perceptron(out_features, hidden, out_features)
         self.init_weights()
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Of images [B, C, H, W]: vectors [B, out_features] and tokens [B, N, out_features]."""
-        tokens = self._encode(images, mask)
+    def forward(  # type: ignore[override]
+        self, images: Tensor, partition: Partition | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of images [B, C, H, W]: vectors [B, out_features] and tokens [B, K, out_features]."""
+        tokens = self._patches(images, partition)
         return self.predictor(self.head(tokens.mean(1))), self.predictor(self.head(tokens))
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """The tokens [B, M, C] of x [B, N, C] at places [B, M].
-
-    >>> take(torch.arange(4.0).view(1, 4, 1), torch.tensor([[2, 0]])).flatten().tolist()
-    [2.0, 0.0]
-    """
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Targets other than a timm model's: standardised patches (MAE), oriented gradients (MaskFeat), the conv teacher's.
+"""Targets other than a timm model's: pixels of patches (MAE, SimMIM), oriented gradients (MaskFeat), a conv teacher's.
 
 Shapes: images [B, C, H, W] in 0..1, targets [B, N, F] float32 with N = h * w patches in raster order.
 """
@@ -19,9 +19,10 @@ BINS = 9  # orientations of a histogram
 
 
 class PixelTargets(nn.Module):
-    """The pixels of every patch, normalised as the student sees them, then standardised over the patch.
+    """The pixels of every patch, normalised as the student sees them, and standardised over the patch if so wished.
 
-    Source: MAE (arXiv 2111.06377): unbiased variance, eps 1e-6, values in the order rows, columns, channels.
+    Values in the order rows, columns, channels. Source: MAE (arXiv 2111.06377), standardised with the unbiased variance
+    and eps 1e-6; SimMIM (2111.09886), not standardised.
 
     >>> targets = PixelTargets(image_size=(4, 6), patch_size=2, mean=(0.5,) * 3, std=(0.25,) * 3)
     >>> targets(torch.rand(5, 3, 4, 6)).shape, targets.out_features
@@ -29,16 +30,24 @@ class PixelTargets(nn.Module):
     """
 
     def __init__(
-        self, image_size: tuple[int, int], patch_size: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        image_size: tuple[int, int],
+        patch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        standardise: bool = True,
     ) -> None:
         super().__init__()
-        self.normalise = Normalise(mean, std)
+        self.normalise, self.standardise = Normalise(mean, std), standardise
         self.patch_size, self.out_features = patch_size, len(mean) * patch_size**2
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.unfold(self.normalise(images.float()), self.patch_size, stride=self.patch_size)  # [B, C p p, N]
         x = x.unflatten(1, (images.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+        if not self.standardise:
+            return x
         variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
         return (x - mean) / (variance + 1e-6).sqrt()
 

@@ -18,6 +18,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dtm_triton.train.models.attention import Statistic, attention_map, tokens_and_attention
+
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -57,6 +59,26 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Targets [B, N, out_features] for images [B, C, H, W], floats in 0..1; grey ones are repeated."""
+        return self._targets(self.model.forward_features(self._prepared(images)))
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, statistic: Statistic = "class_row") -> Tensor:
+        """How much the last block attends to every patch [B, N] of images as for forward: see `attention_map`."""
+        return attention_map(self.model, self._prepared(images), statistic)
+
+    @torch.no_grad()
+    def targets_and_attention(self, images: Tensor, statistic: Statistic = "class_row") -> tuple[Tensor, Tensor]:
+        """What forward and `attention` give, in one pass."""
+        tokens, maps = tokens_and_attention(self.model, self._prepared(images), statistic)
+        return self._targets(tokens), maps
+
+    def _targets(self, tokens: Tensor) -> Tensor:
+        tokens = tokens[:, self.model.num_prefix_tokens :]
+        # a model pooled by mean keeps its final norm behind the pooling; else this is the identity
+        tokens = self.model.fc_norm(tokens)
+        return self.model.head(tokens) if self.project else tokens
+
+    def _prepared(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
             raise TypeError(f"images must be floats in 0..1, got {images.dtype}")
         channels = self.mean.shape[1]
@@ -65,11 +87,7 @@ class Teacher(nn.Module):
         images = images.expand(-1, channels, -1, -1)
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = self.model.forward_features((images - self.mean) / self.std)
-        tokens = tokens[:, self.model.num_prefix_tokens :]
-        # a model pooled by mean keeps its final norm behind the pooling; else this is the identity
-        tokens = self.model.fc_norm(tokens)
-        return self.model.head(tokens) if self.project else tokens
+        return (images - self.mean) / self.std
 
 
 def build_teacher(
