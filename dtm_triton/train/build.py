@@ -51,8 +51,7 @@ def assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
         )
     if config.method == "mae":
         decoder = dict(width=config.decoder.width, depth=config.decoder.depth, heads=config.decoder.heads)
-        masked = config.mask.masked
-        network = build_network(MaskedAutoencoder, student, data, masked=masked, out_features=width, **decoder)
+        network = build_network(MaskedAutoencoder, student, data, out_features=width, **decoder)
         return Pretraining(network, teacher, config)
     masked_student = build_network(MaskedStudent, student, data, out_features=width)
     depth = masked_student.num_blocks
@@ -77,13 +76,15 @@ def build_network(kind: type[Network], config: StudentConfig, data: DataConfig, 
             image_size=data.image_size,
             patch_size=config.patch_size,
             in_chans=data.channels,
+            positions=config.positions,
             drop_path=config.drop_path,
             model_kwargs=config.model_kwargs,
             **head,
         )
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if parameter.ndim > 1 or name.endswith("_token"):  # what starts truncated-normal; tables of zeros stay
+            # what starts truncated-normal: tables of zeros stay, and so do fixed positions
+            if parameter.requires_grad and (parameter.ndim > 1 or name.endswith("_token")):
                 parameter.mul_(config.init_std / STUDENT_STD)
     if config.weights is not None:
         path = config.weights / "model.safetensors" if config.weights.is_dir() else config.weights
@@ -113,7 +114,7 @@ def build_targets(config: PretrainConfig, processes: Processes) -> Any:
     if teacher.kind == "conv":
         return ConvTargets(train_conv_teacher(config, processes))
     if teacher.kind == "pixels":
-        return PixelTargets(data.image_size, patch, data.mean, data.std)
+        return PixelTargets(data.image_size, patch, data.mean, data.std, standardise=teacher.standardise)
     if teacher.kind == "hog":
         return HogTargets(data.image_size, patch, data.channels)
     height, width = data.image_size

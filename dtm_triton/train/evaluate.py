@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +38,36 @@ def extract_features(
     ([1.0, 1.0, 0.0], [0, 1, 2])
     """
     owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
-    modes = [(module, module.training) for module in owner.modules()] if isinstance(owner, nn.Module) else []
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            for images, target in loader:
-                target = target.cpu()
-                rows = fn(images if device is None else images.to(device)).float().cpu()
-                features.append(rows[target >= 0])
-                labels.append(target[target >= 0])
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(owner) if isinstance(owner, nn.Module) else nullcontext(), torch.no_grad():
+        for images, target in loader:
+            target = target.cpu()
+            rows = fn(images if device is None else images.to(device)).float().cpu()
+            features.append(rows[target >= 0])
+            labels.append(target[target >= 0])
     if not features:
         raise ValueError(f"loader must yield at least one batch, got none from {loader!r}")
     return torch.cat(features), torch.cat(labels)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every part is in the mode it was in, also after an error.
+
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer): layer.training
+    False
+    >>> layer.training
+    True
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def knn_accuracy(

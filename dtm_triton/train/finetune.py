@@ -13,7 +13,7 @@ if not __package__:  # run as a script: import the package from this checkout, a
 import torch
 
 from dtm_triton.train import recipes
-from dtm_triton.train.build import build_student
+from dtm_triton.train.build import build_network
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import FinetuneConfig, to_json
 from dtm_triton.train.data.draws import fold
@@ -23,6 +23,7 @@ from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics, read_metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
+from dtm_triton.train.models.classifier import Classifier
 from dtm_triton.train.objectives.supervised import Supervised
 from dtm_triton.visualize import draw_curves
 
@@ -31,7 +32,7 @@ def finetune(config: FinetuneConfig, processes: Processes, title: str = "fine-tu
     """Fine-tune as configured, or go on where the folder's run stopped; returns the last evaluation's metrics.
 
     Writes into `config.run.folder` what pre-training does, but for the export and the pictures of tokens.
-    Raises as `Trainer` does, and as `build_student` for weights.
+    Raises as `Trainer` does, and as `build_network` for weights.
     """
     folder, resolved = config.run.folder, to_json(config)
     # asked once: a shared disk may show the file to one process before another
@@ -41,9 +42,23 @@ def finetune(config: FinetuneConfig, processes: Processes, title: str = "fine-tu
     images = open_images(config.data, "train")
     assert images is not None
     torch.manual_seed(fold(config.run.seed, "weights"))
-    student = build_student(config.student, config.data, images.num_classes)
+    network = build_network(
+        Classifier,
+        config.student,
+        config.data,
+        out_features=images.num_classes,
+        pool=config.pool,
+        frozen=config.frozen,
+    )
     trainer = Trainer(
-        Supervised(student, config.data, config.label_smoothing),
+        Supervised(
+            network,
+            config.data,
+            label_smoothing=config.label_smoothing,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            random_erasing=config.random_erasing,
+        ),
         data=config.data,
         optimizer=config.optimizer,
         run=config.run,

@@ -16,13 +16,15 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.data.batches import Batch
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
 from dtm_triton.train.models.export import export_student
-from dtm_triton.train.pictures import draw_run
+from dtm_triton.train.pictures import draw_run, draw_stage
+from dtm_triton.train.planning.budget import token_budget
 
 
 def resolve(config: PretrainConfig) -> str:
@@ -35,7 +37,8 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     """Pre-train as configured, or go on where the folder's run stopped; returns the metrics of the last evaluation.
 
     Writes into `config.run.folder`: config.json, checkpoints/, metrics.jsonl, tensorboard/, and at the end student/
-    (plain timm weights), curves.png, groups.png, masks.png and finished.json. A finished run returns at once.
+    (plain timm weights), pictures (curves, masks, groups; attention maps and reconstructions where there are any) and
+    finished.json. A finished run returns at once.
     Raises as `build_objective` and `Trainer` do.
     """
     folder, resolved = config.run.folder, resolve(config)
@@ -43,6 +46,8 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     done = processes.from_first(lambda: read_finished(folder, resolved), FolderError)
     if done is not None:
         return done
+    if processes.first:
+        print(token_budget(config).describe())
     objective = build_objective(config, processes)
     trainer = Trainer(
         objective,
@@ -53,12 +58,22 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
         resolved=resolved,
         title=title,
     )
+
+    def shown_batch() -> Batch:
+        batch = trainer.batches[0]
+        if trainer.maps is not None:
+            trainer.maps.add_to(batch)
+        return batch
+
+    trainer.after_maps = lambda step: draw_stage(
+        config, objective, shown_batch(), folder / f"masks_step_{step:09d}.png", processes
+    )
     metrics = trainer.fit()
     network: Any = trainer.whole_network()
     if processes.first:
         notes = {"recipe": config.run.folder.name, **metrics}
         export_student(network, folder / "student", notes, mean=config.data.mean, std=config.data.std)
-    draw_run(config, objective, trainer.batches[0], processes)
+    draw_run(config, objective, shown_batch(), processes)
     if processes.first:
         write_finished(folder, resolved, metrics)
     processes.wait()

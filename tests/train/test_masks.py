@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,22 +20,30 @@ CASES = [
     (MaskConfig(kind="block", masked=36, min_patches=4), (6, 6)),
     (MaskConfig(kind="random", masked=147), (14, 14)),
     (MaskConfig(kind="random", masked=0), (3, 5)),
+    (MaskConfig(kind="random", masked=88, thrown=78), (14, 14)),
+    (MaskConfig(kind="random", masked=16, thrown=8, unit=2), (4, 10)),
+    (MaskConfig(kind="block", masked=75, thrown=50), (14, 14)),
+    (MaskConfig(kind="attention", masked=147), (14, 14)),
 ]
+
+
+def same(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("config", "grid"), CASES)
 def test_any_part_of_a_batch_has_the_same_masks(config: MaskConfig, grid: tuple[int, int]) -> None:
     masks = pickle.loads(pickle.dumps(Masks(config, grid)))  # workers are sent one
     draws = draw_images(masks.draw, 3, "mask", 7, 0, 192)
-    whole = masks(draws)
-    assert whole.shape == (192, grid[0] * grid[1]) and whole.dtype == torch.bool
-    assert whole.sum(1).tolist() == [config.masked] * 192
+    whole = masks({"mask": draws})
+    assert [part.shape[1] for part in whole] == [config.masked, config.thrown, whole.visible.shape[1]]
+    assert torch.equal(torch.cat(whole, 1).sort(1).values, torch.arange(grid[0] * grid[1]).expand(192, -1))
     for first, last in ((0, 1), (5, 64), (63, 65), (64, 192), (191, 192), (7, 7)):
-        assert torch.equal(masks(draws[first:last]), whole[first:last])
+        assert same(masks({"mask": draws[first:last]}), [part[first:last] for part in whole])
         part = draw_images(masks.draw, 3, "mask", 7, first, last - first) if last > first else draws[:0]
         assert torch.equal(part, draws[first:last])
-    strided = torch.stack([draws, draws], 2)[:, :, 0]  # not contiguous
-    assert torch.equal(masks(strided), whole)
+    strided = torch.stack([draws, draws], -1)[..., 0]  # not contiguous
+    assert same(masks({"mask": strided}), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -77,9 +86,12 @@ def test_no_step_waits_for_the_device(config: MaskConfig, grid: tuple[int, int])
 
     masks = Masks(config, grid)
     with Refuse():
-        assert masks(torch.rand(4, masks.numbers, device="meta")).shape == (4, grid[0] * grid[1])
+        draws = torch.zeros(4, dtype=torch.int64) if config.kind == "attention" else torch.rand(4, masks.numbers)
+        assert masks.to("meta")({"mask": draws.to("meta")}).mask.shape == (4, grid[0] * grid[1])
 
 
 def test_more_masks_than_patches() -> None:
-    with pytest.raises(ValueError, match="mask.masked must be at most 36, the patches, got 37"):
-        Masks(MaskConfig(kind="random", masked=37), (6, 6))
+    with pytest.raises(
+        ValueError, match="mask.masked and mask.thrown must be at most 36 together, the patches, got 37"
+    ):
+        Masks(MaskConfig(kind="random", masked=30, thrown=7), (6, 6))

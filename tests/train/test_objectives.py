@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dtm_triton.morph import MorphSchedule, dtm_loss
-from dtm_triton.train.build import build_student
+from dtm_triton.train.build import build_network, build_student
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.optimizer import build_optimizer
+from dtm_triton.train.models.classifier import Classifier
 from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
 from dtm_triton.train.objectives.supervised import Supervised
@@ -34,7 +35,7 @@ def config(folder: Path, **loss: Any) -> PretrainConfig:
 def outputs_and_targets(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     objective: Any = trainer.objective
     images = augment(batch)
-    return objective.network((images - 0.3) / 0.5, objective.masks(batch["mask"])), objective.teacher(images)
+    return objective.network((images - 0.3) / 0.5, objective.masks(batch)), objective.teacher(images)
 
 
 def test_pretraining_is_the_librarys_loss_on_its_own_schedules(tmp_path: Path) -> None:
@@ -101,7 +102,9 @@ def test_conv_targets_are_standardised_tokens() -> None:
 def test_supervised_learns_a_batch_by_heart(tmp_path: Path, kind: str) -> None:
     base = tiny_config(tmp_path, batch_size=32)
     batch = tiny_trainer(base).batches[0]
-    network: Any = build_student(STUDENT, base.data, 10) if kind == "student" else ConvTeacher(12, 2, out_features=16)
+    network: Any = ConvTeacher(12, 2, out_features=16)
+    if kind == "student":
+        network = build_network(Classifier, STUDENT, base.data, out_features=10)
     objective = Supervised(network, base.data, label_smoothing=0.1)
     optimizer = build_optimizer(network, base.optimizer)
     losses = []

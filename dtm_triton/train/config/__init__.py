@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dtm_triton.train.config.attention import AttentionConfig
 from dtm_triton.train.config.checks import check
 from dtm_triton.train.config.data import DataConfig
+from dtm_triton.train.config.finetune import FinetuneConfig
 from dtm_triton.train.config.model import (
     CodebookConfig,
     DecoderConfig,
@@ -26,6 +28,7 @@ from dtm_triton.train.config.model import (
 from dtm_triton.train.config.run import OptimizerConfig, RunConfig
 
 __all__ = [
+    "AttentionConfig",
     "CodebookConfig",
     "DataConfig",
     "DecoderConfig",
@@ -58,6 +61,7 @@ class PretrainConfig:
     method: Literal["masked", "mae", "beit_v2", "byol"] = "masked"
     """"masked": the student sees mask tokens and predicts targets, as DTM; "mae": it sees visible patches only and a
     decoder predicts; "beit_v2": it predicts codes of the targets; "byol": two views, the average's projections."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
@@ -69,30 +73,41 @@ class PretrainConfig:
             check("teacher.kind", kind, kind == "ema", '"ema" for method "byol"')
         if method == "beit_v2":
             check("teacher.kind", kind, kind in ("timm", "conv"), '"timm" or "conv" for method "beit_v2"')
-        patches = 1
+        patches, mask = 1, self.mask
         for side in self.data.image_size:
             whole = side % self.student.patch_size == 0
             check("data.image_size", self.data.image_size, whole, f"multiples of patch {self.student.patch_size}")
+            units = side // self.student.patch_size % mask.unit == 0
+            check("mask.unit", mask.unit, units, f"a divisor of the patches a side, {side // self.student.patch_size}")
             patches *= side // self.student.patch_size
-        masked = self.mask.masked
-        check("mask.masked", masked, masked < patches, f"below {patches}, the patches")
+        check("mask.masked", mask.masked, mask.masked < patches, f"below {patches}, the patches")
+        rest = patches - mask.masked
+        check("mask.thrown", mask.thrown, mask.thrown < rest, f"below {rest}, the patches that are not masked")
+        if mask.thrown:
+            check("mask.thrown", mask.thrown, method != "byol", '0 for method "byol"')
+        if mask.kind == "attention":
+            self._check_attention(patches)
         if self.loss.on == "masked" or method == "beit_v2":
-            check("mask.masked", masked, masked >= 1, "positive when only masked tokens are compared")
+            check("mask.masked", mask.masked, mask.masked >= 1, "positive when only masked tokens are compared")
 
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Everything about supervised training, from pre-trained or from random weights."""
-
-    data: DataConfig
-    student: StudentConfig
-    optimizer: OptimizerConfig
-    run: RunConfig
-    label_smoothing: float = 0.0
-    """Share of the target that goes to all classes equally."""
-
-    def __post_init__(self) -> None:
-        check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in 0..1")
+    def _check_attention(self, patches: int) -> None:
+        maps, mask = self.attention, self.mask
+        check("mask.kind", mask.kind, self.method != "byol", 'other than "attention" for method "byol"')
+        check(
+            "attention.source",
+            maps.source,
+            maps.source != "teacher" or self.teacher.kind == "timm",
+            'other than "teacher" without a timm teacher',
+        )
+        if maps.warmup_epochs:
+            warmup = maps.warmup_masked
+            fine = (warmup >= 1 or self.loss.on == "all") and warmup < patches and warmup % mask.unit**2 == 0
+            check(
+                "attention.warmup_masked",
+                warmup,
+                fine,
+                f"below {patches}, in whole units, and positive when masked tokens are compared",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dtm_triton.attention_masking import ORDER, Part
 from dtm_triton.losses import LossKind
 from dtm_triton.matching import Split
 from dtm_triton.train.config.checks import check
@@ -20,6 +21,8 @@ class StudentConfig:
     """Name of a timm model: a plain VisionTransformer, Beit or Eva."""
     patch_size: int
     """Pixels a side."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """Of models with absolute positions: "sincos" are MAE's fixed sines and cosines, not trained."""
     drop_path: float = 0.0
     """Stochastic depth of the last block."""
     init_std: float = 0.02
@@ -50,6 +53,8 @@ class TeacherConfig:
     """Its weights, a file or folder; by default timm's hub cache. For "conv" the folder of its run."""
     project: bool = False
     """Apply the model's head to every token (CLIP's projection)."""
+    standardise: bool = True
+    """For "pixels": every patch to mean 0 and deviation 1, as MAE; False: normalised as the student's, as SimMIM."""
     statistics: Literal["own", "imagenet"] = "own"
     """Normalise its input as the model was trained ("own"), or with ImageNet's mean and deviation."""
     features: int = 64
@@ -67,16 +72,35 @@ class TeacherConfig:
 class MaskConfig:
     """Which patches the student does not see."""
 
-    kind: Literal["random", "block"]
-    """"random" patches, or BEiT's rectangles ("block")."""
+    kind: Literal["random", "block", "attention"]
+    """"random" patches, BEiT's rectangles ("block"), or in proportion to attention maps (see `attention`)."""
     masked: int
     """Patches masked in every image."""
+    thrown: int = 0
+    """Patches that are neither seen nor predicted."""
+    unit: int = 1
+    """Patches a side of the squares that are masked or thrown together (SimMIM: 2); not of "block"."""
     min_patches: int = 16
     """Smallest rectangle of "block"."""
+    temperature: float = 1.0
+    """Weights of "attention" are raised to 1 / this: below 1 the strongest patches are chosen more surely."""
+    uniform: float = 0.01
+    """Share of the largest weight that is added to all weights of "attention"."""
+    order: tuple[Part, Part, Part] = ORDER
+    """What becomes of the patches that "attention" draws first, next and last."""
 
     def __post_init__(self) -> None:
-        check("mask.masked", self.masked, self.masked >= 0, "0 or more")
+        for name in ("masked", "thrown"):
+            check(f"mask.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check("mask.min_patches", self.min_patches, self.min_patches >= 1, "positive")
+        check("mask.unit", self.unit, self.unit >= 1, "positive")
+        check("mask.unit", self.unit, self.unit == 1 or self.kind != "block", '1 for kind "block"')
+        for name in ("masked", "thrown"):
+            whole = getattr(self, name) % self.unit**2 == 0
+            check(f"mask.{name}", getattr(self, name), whole, f"a multiple of {self.unit**2}, the patches of a unit")
+        check("mask.temperature", self.temperature, 0 < self.temperature < math.inf, "positive and finite")
+        check("mask.uniform", self.uniform, 0 <= self.uniform < math.inf, "0 or more")
+        check("mask.order", self.order, sorted(self.order) == sorted(ORDER), "each of the three once")
 
 
 @dataclass(frozen=True, kw_only=True)

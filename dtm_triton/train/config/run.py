@@ -13,8 +13,10 @@ from dtm_triton.train.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, a cosine schedule with linear warm-up, clipping."""
+    """The optimiser, a cosine schedule with linear warm-up, clipping."""
 
+    kind: Literal["adamw", "lars"] = "adamw"
+    """"lars": for linear probes with large batches, momentum `betas[0]`."""
     lr: float
     """Highest learning rate."""
     final_lr: float = 1e-5

@@ -1,8 +1,9 @@
 """Checkpoints that a kill at any moment cannot spoil: folders written beside, verified, then renamed.
 
 `step_000000123/` holds the tensors in safetensors files, as many as processes wrote (torch.distributed.checkpoint: they
-can be read by any number of processes), and `state.json`: plain values, and size and checksum of every file. Under this
-name a folder is complete. Nothing in it is code, and nothing is unpickled.
+can be read by any number of processes), `maps.npy` in runs that have attention maps, and `state.json`: plain values,
+and size and checksum of every file. Under this name a folder is complete. Nothing in it is code, and nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from torch import Tensor
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone is nothing to warn of
 
 STATE = "state.json"
+MAPS = "maps.npy"  # attention maps, of runs that have them
 CHUNK = 1 << 24  # bytes of a file read at once
 
 
@@ -62,13 +65,28 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
 
 
+def link_file(source: Path, path: Path) -> None:
+    """A second name for a file; a copy where the file system has no links.
+
+    >>> import tempfile
+    >>> source = Path(tempfile.mkdtemp(), "a")
+    >>> write_text(source, "x")
+    >>> link_file(source, source.with_name("b")); source.with_name("b").samefile(source)
+    True
+    """
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
 def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
     """Complete a folder of safetensors files: `state.json`, everything on the disk, its final name.
 
     plain: what JSON can hold, kept beside the tensors.
     """
     files = {}
-    for file in sorted(unfinished.glob("*.safetensors")):
+    for file in sorted([*unfinished.glob("*.safetensors"), *unfinished.glob(MAPS)]):
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
         files[file.name] = [file.stat().st_size, _checksum(file)]

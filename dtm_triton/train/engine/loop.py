@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,20 @@ from dtm_triton.train.config import DataConfig, OptimizerConfig, RunConfig
 from dtm_triton.train.data.batches import Batch, EvaluationBatches, MicroBatches, evaluation_loader, training_loader
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.data.images import open_images
-from dtm_triton.train.engine.checkpoint import CheckpointError, FolderError, load_into, load_newest
+from dtm_triton.train.engine.averages import Averages
+from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Logbook, Metrics
 from dtm_triton.train.engine.optimizer import build_optimizer, clip_gradient, guarded_step, learning_rate
 from dtm_triton.train.engine.parallel import Parallel
-from dtm_triton.train.engine.run_folder import changes_of_bits, hold_folder, keep_apart, refuse_changes, write_config
+from dtm_triton.train.engine.resume import resume
+from dtm_triton.train.engine.run_folder import hold_folder, keep_apart, write_config
 from dtm_triton.train.engine.saver import Saver
 from dtm_triton.train.engine.skipped import SkippedImages
 from dtm_triton.train.engine.state import fingerprint, training_tensors
 from dtm_triton.train.engine.stop import Agreement, Stopped, StopRequest
 from dtm_triton.train.engine.watch import Watch
+from dtm_triton.train.maps.run_maps import RunMaps
 from dtm_triton.train.objectives.objective import Objective
 
 TRAIN_SHARE = 20_000  # training images an evaluation looks at, at most
@@ -91,10 +94,16 @@ class Trainer:
         self.optimizer = build_optimizer(objective.network, optimizer)
         self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
         self.step, self.best = 0, -math.inf
+        self.on_disk, self.resumed = -1, -1  # the steps of the newest checkpoint and of the one this run began with
         self.watch = Watch(self.device)
-        self.sums: dict[str, Tensor] = {}  # metrics since the last log line
-        self.summed = 0
-        self._restore()
+        self.averages = Averages(processes)  # metrics since the last log line
+        self.maps: RunMaps | None = None
+        self.after_maps: Callable[[int], None] = lambda step: None
+        """Called in all processes when maps have been made anew at a step."""
+        if objective.maps is not None:
+            grid = objective.network.grid
+            self.maps = RunMaps(objective.maps, images, grid, run.folder, processes, data.workers)
+        resume(self)
 
     def fit(self) -> Metrics:
         """Train to the end and evaluate; returns the last evaluation, empty without held-out images.
@@ -112,6 +121,7 @@ class Trainer:
             agreement, saver = Agreement(self.processes), Saver(run.folder / "checkpoints", self.processes)
             since, logged = time.monotonic(), self.step
             while self.step < self.total:
+                since += self._begin_step(saver, book, lambda: agreement.exchange(stop.number))
                 self._train_step(incoming)
                 leaving = agreement.exchange(stop.number)
                 end = self.step == self.total
@@ -134,14 +144,15 @@ class Trainer:
                 if leaving and not end:
                     if trouble := saver.finish():
                         raise FolderError(f"stopped at step {self.step}; its {trouble}")
-                    book.say(
-                        f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here"
-                    )
-                    raise Stopped(leaving)
+                    self._leave(book, leaving)
             agreement.finish()
             if trouble := saver.finish():
                 raise FolderError(f"the last {trouble}")
         return last
+
+    def _leave(self, book: Logbook, number: int) -> NoReturn:
+        book.say(f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here")
+        raise Stopped(number)
 
     def _open_book(self) -> Logbook:
         """Begin to write into the folder, which this process holds."""
@@ -153,12 +164,40 @@ class Trainer:
         """The trained network with all its weights, to export; every process must call it."""
         return self.parallel.whole_network()
 
+    def _begin_step(self, saver: Saver, book: Logbook, leaving: Callable[[], int]) -> float:
+        """What happens between epochs: attention maps are made anew when they are due. Returns the seconds it took.
+
+        The checkpoint before them is on the disk first: a run that ends in the middle of them goes on there.
+        """
+        self.objective.epoch, place = divmod(self.step, self.batches.steps_per_epoch)
+        if place or self.maps is None or not self.maps.due(self.objective.epoch):
+            return 0.0
+        began = time.monotonic()
+        if self.on_disk != self.step:
+            self._save(saver, book, best=False, why="")
+        if trouble := saver.finish():
+            book.say(trouble)
+
+        def attend(images: Tensor) -> Tensor:
+            with self._autocast():
+                return self.objective.attend(images)
+
+        def check() -> None:
+            if number := leaving():
+                self._leave(book, number)
+
+        self.maps.refresh(self.step, attend, check, book.say, go_on=self.resumed == self.step)
+        self.after_maps(self.step)
+        return time.monotonic() - began
+
     def _train_step(self, loader: Iterator[Batch]) -> None:
         run, parts = self.run, self.run.accumulate
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             batch = next(loader)
             self.skipped.note(batch.pop("skipped"))
+            if self.maps is not None:
+                self.maps.add_to(batch)
             batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             self.objective.seed_draws(run.seed, self.step, self.processes.rank)
             torch.manual_seed(fold(run.seed, "network", self.step, part, self.processes.rank))  # drop path
@@ -169,36 +208,26 @@ class Trainer:
                 # a loss that is not finite may have a finite gradient: make sure that it has not
                 (loss * torch.full_like(value, 1 / parts).masked_fill(~value.isfinite(), math.nan)).backward()
             total += value / parts
-            self._add({name: value.detach().float() / parts for name, value in results.items()})
+            self.averages.add(results, parts)
         norm = clip_gradient(self.parameters, self.optim.clip_norm)
-        self._add({"grad_norm": norm})
+        self.averages.add({"grad_norm": norm})
         broken = self.watch.look(self.step, total, norm)
         lr = learning_rate(self.step, self.total, self.warmup, self.optim)
         guarded_step(self.optimizer, lr, broken)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.summed += 1
+        self.averages.step()
         self.objective.after_step(self.step / self.total)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         enabled = self.run.half_precision(self.device)
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def _add(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def _means(self) -> dict[str, float]:
-        """Of the metrics since the last log line, over all processes."""
-        names = sorted(self.sums)
-        stacked = torch.stack([self.sums[name].double() for name in names]) / self.summed
-        return dict(zip(names, self.processes.mean(stacked).tolist(), strict=True))
-
     def _collect(self, book: Logbook, saver: Saver) -> Metrics:
         """Means since the last call, and what people must know: the one place of a step where the host waits."""
-        means = self._means()
+        means = self.averages.means()
         self._check_finite()
-        self.sums, self.summed = {}, 0
+        self.averages.clear()
         found = self.processes.gather((self.watch.spike(), sorted(self.skipped.fresh)))
         if news := self.skipped.tell(number for _, numbers in found for number in numbers):
             book.say(news)
@@ -240,8 +269,7 @@ class Trainer:
         self._check_finite()
         plain = {
             "step": self.step,
-            "sums": {name: mean * self.summed for name, mean in self._means().items()} if self.summed else {},
-            "summed": self.summed,
+            **self.averages.plain(),
             "usual_loss": self.processes.mean(self.watch.usual).tolist(),
             "skipped": sorted(self.skipped.known),
             "best": None if self.best == -math.inf else self.best,
@@ -250,38 +278,10 @@ class Trainer:
             **self.origin,
         }
         tensors = training_tensors(self.objective, self.optimizer)
-        if trouble := saver.save(self.step, tensors, plain, best=best, why=why):
+        beside = self.maps.path if self.maps is not None else None
+        if trouble := saver.save(self.step, tensors, plain, best=best, why=why, beside=beside):
             book.say(trouble)
-
-    def _restore(self) -> None:
-        folder = self.run.folder / "checkpoints"
-        found = self.processes.from_first(lambda: load_newest(folder, print), FolderError)
-        if found is None:
-            return
-        path, state = found
-        unseen = torch.tensor(0.0 if path.is_dir() else 1.0, device=self.device)
-        if self.processes.mean(unseen).item() > 0:
-            raise CheckpointError(f"not all processes see {str(path)!r}: run.folder must be shared by all hosts")
-        refuse_changes(self.run.folder, state["config"], self.resolved)
-        for kind, name in (("images", "data"), ("teacher", "teacher.weights")):
-            if state[kind] != self.origin[kind]:
-                raise FolderError(f"{name} must be the {state[kind]} that the run began with, got {self.origin[kind]}")
-        load_into(path, training_tensors(self.objective, self.optimizer))
-        self.step, self.summed = state["step"], state["summed"]
-        self.best = -math.inf if state["best"] is None else state["best"]
-        self.sums = {name: torch.tensor(value, device=self.device) for name, value in state["sums"].items()}
-        self.watch.usual.copy_(torch.tensor(state["usual_loss"]))
-        self.skipped.known.update(state["skipped"])
-        if self.processes.first:
-            _tell_resumption(self, state)
-
-
-def _tell_resumption(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    changed = changes_of_bits(state["config"], trainer.resolved)
-    if state["processes"] != trainer.processes.count:
-        changed.append(f"processes: {state['processes']} -> {trainer.processes.count}")
-    note = f", not to the same bits ({'; '.join(changed)})" if changed else ""
-    print(f"{trainer.title.strip()}: goes on from step {trainer.step} of {trainer.total}{note}")
+        self.on_disk = self.step
 
 
 def _due(epoch: int, every: int) -> bool:

@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, its schedule, and a step that a non-finite gradient cannot harm."""
+"""Optimisers with parameter groups, their schedule, and a step that a non-finite gradient cannot harm."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dtm_triton.train.config import OptimizerConfig
+from dtm_triton.train.engine.lars import Lars
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Groups for AdamW: weight decay on parameters of two dimensions or more, tokens and position tables excepted.
+    """Groups of parameters: weight decay on parameters of two dimensions or more, tokens and position tables excepted.
 
     Networks that know `no_weight_decay()` name further parameters that do not decay; with `layer_decay` below 1 they
     must know `layer_of(name)` and `num_blocks`, and a parameter's learning rate is scaled by
@@ -43,11 +44,13 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
     return list(groups.values())
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`. Raises ValueError when nothing can be trained."""
+def build_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, or LARS, over `parameter_groups`. Raises ValueError when nothing can be trained."""
     groups = parameter_groups(network, config)
     if not groups:
         raise ValueError(f"network must have trainable parameters, got {type(network).__name__} without")
+    if config.kind == "lars":
+        return Lars(groups, lr=config.lr, momentum=config.betas[0])
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
@@ -70,11 +73,11 @@ def clip_gradient(parameters: Iterable[nn.Parameter], clip_norm: float | None) -
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded parameters give a sharded norm
 
 
-def guarded_step(optimizer: torch.optim.AdamW, lr: float, broken: Tensor) -> None:
+def guarded_step(optimizer: torch.optim.Optimizer, lr: float, broken: Tensor) -> None:
     """Set the learning rate and step; where `broken` (float scalar on the device) is 1, weights and moments stay.
 
-    The decision falls on the device, so no step waits for it: fused optimisers take it as `found_inf`, as they do
-    from a gradient scaler.
+    The decision falls on the device, so no step waits for it: fused optimisers, and ours, take it as `found_inf`, as
+    they do from a gradient scaler.
 
     >>> weight = nn.Parameter(torch.zeros(1))
     >>> optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], fused=True)

@@ -20,7 +20,7 @@ from dtm_triton.train.engine.compiled import compile_blocks
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.objectives.objective import Objective
 
-ENTRIES = ("features", "tokens", "classify")  # methods besides forward by which a sharded module is entered
+ENTRIES = ("features", "tokens", "attention")  # methods besides forward by which a sharded module is entered
 
 
 class Parallel:

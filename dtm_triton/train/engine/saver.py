@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dtm_triton.train.engine.checkpoint import FolderError, saved_steps, seal, write_text
+from dtm_triton.train.engine.checkpoint import MAPS, FolderError, link_file, saved_steps, seal, write_text
 from dtm_triton.train.engine.distributed import Processes
 
 NEWEST = 2  # the newest, and the one before it in case the newest is damaged
@@ -53,12 +53,20 @@ class Saver:
                 shutil.rmtree(left)
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], *, best: bool = False, why: str = ""
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        plain: Mapping[str, Any],
+        *,
+        best: bool = False,
+        why: str = "",
+        beside: Path | None = None,
     ) -> str | None:
         """Copy the state and begin to write it; waits for the checkpoint before. Returns what `finish` does.
 
         tensors: whole ones, equal in all processes, or shards (DTensor). plain: what JSON can hold. best: this is the
-        best checkpoint so far. why: a reason never to remove it.
+        best checkpoint so far. why: a reason never to remove it. beside: a file that
+        belongs to it, which nobody changes any more: it gets a second name there, or a copy where there are no links.
         """
         trouble = self.finish()
         path = self.folder / f"step_{step:09d}"
@@ -69,7 +77,7 @@ class Saver:
             process_group=self.group,
             no_dist=self.processes.count == 1,
         )
-        self.under_way = self.thread.submit(self._publish, written, unfinished, path, dict(plain), best, why)
+        self.under_way = self.thread.submit(self._publish, written, unfinished, path, dict(plain), best, why, beside)
         return trouble
 
     def finish(self) -> str | None:
@@ -104,10 +112,21 @@ class Saver:
                 return path
         return None
 
-    def _publish(self, written: Any, unfinished: Path, path: Path, plain: dict[str, Any], best: bool, why: str) -> None:
+    def _publish(
+        self,
+        written: Any,
+        unfinished: Path,
+        path: Path,
+        plain: dict[str, Any],
+        best: bool,
+        why: str,
+        beside: Path | None,
+    ) -> None:
         try:
             getattr(written, "upload_completion", written).result()  # in the first process: all have written
             if self.processes.first:
+                if beside is not None:
+                    link_file(beside, unfinished / MAPS)
                 self._complete(unfinished, path, plain, best, why)
         except BaseException:
             if self.processes.first:

@@ -101,13 +101,14 @@ class BeitV2(TokenObjective):
         self.codebook = Codebook(config.codebook, features)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        images, mask = augment(batch), self.masks(batch["mask"])
-        targets, places = self.targets(images), self.places(mask)
+        images = augment(batch)
+        targets, partition = self.look(batch, images)
+        targets, places = take(targets, partition.kept), partition.masked_among_kept
         groups = self._groups(targets)
         with torch.no_grad():
             chosen = torch.stack([take(morph_tokens(targets, each), places) for each in groups])
             codes = self.codebook(chosen)
-        logits = self.network(self.normalise(images), mask, groups, places)
+        logits = self.network(self.normalise(images), partition, groups)
         if self.training:
             self.codebook.observe(chosen.flatten(0, 2))
         share = self.codebook.counts / self.codebook.counts.sum().clamp(min=1e-12)
@@ -115,6 +116,7 @@ class BeitV2(TokenObjective):
         return {"loss": F.cross_entropy(logits.float().flatten(0, 2), codes.flatten()), "codes_used": used}
 
     def after_step(self, progress: float) -> None:
+        super().after_step(progress)
         self.codebook.update()
 
     def _groups(self, targets: Tensor) -> list[TokenGroups]:

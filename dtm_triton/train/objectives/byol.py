@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from dtm_triton.partition import Partition
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.draws import Draw
@@ -58,17 +59,18 @@ class Byol(TokenObjective):
         second = self._second(batch)
         images = torch.cat([augment(batch), augment(second)])
         flip = torch.cat([batch["flip"], second["flip"]]) if self.flip else None
-        mask = self.masks(batch["mask"]).repeat(2, 1)  # of the unflipped crop, as all that is compared
+        once = self.masks(batch)  # of the unflipped crop, as all that is compared
+        both = Partition(*(part.repeat(2, 1) for part in once))
         with torch.no_grad():
             whole, tokens = (part.float() for part in self.ema(self.normalise(images)))
             if self.training:
                 self.seen.append(torch.stack([whole.mean(0), tokens.mean((0, 1))]))
             whole, tokens = whole - self.centre[0], tokens - self.centre[1]
-            targets = self.compared(_swap(self._mirrored(tokens, flip)), mask)
+            targets = self.aims(_swap(self._mirrored(tokens, flip)), both)
         matching = self.match(targets)
-        hidden = self._mirrored(mask[..., None], flip)[..., 0]
+        hidden = Partition.of(self._mirrored(both.mask[..., None], flip)[..., 0], None, both.masked.shape[1])
         vectors, tokens = self.network(self.normalise(images), hidden)
-        outputs = self.compared(self._mirrored(tokens, flip), mask)
+        outputs = self.compared(self._mirrored(tokens, flip), both)
         image_loss = 2 - 2 * F.cosine_similarity(vectors.float(), _swap(whole), dim=-1).mean()
         token_loss = self.distance(outputs, targets, matching)
         return {"loss": image_loss + token_loss, "image_loss": image_loss, "token_loss": token_loss}

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dtm_triton.train.config import AttentionConfig
 from dtm_triton.train.data.draws import Draw
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.evaluate import extract_features
@@ -30,15 +31,23 @@ class Objective(nn.Module):
     """What is trained, an nn.Module."""
     ema: Any
     """None, or a frozen moving average of the network: its parameters' names are a subset of the network's."""
+    maps: AttentionConfig | None = None
+    """When attention maps of all training images are made, by `attend`, and kept for the batches; None: never."""
+    epoch: int
+    """The one under way, from 0; the loop says it before every step."""
     judged_by: str
     """The metric of `evaluate` that decides which checkpoint is best; higher is better."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ema = None
+        self.ema, self.epoch = None, 0
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"loss": scalar, further scalars} of a batch on the device."""
+        raise NotImplementedError
+
+    def attend(self, images: Tensor) -> Tensor:
+        """Attention maps in 0..1 or of any other scale, [B, N], of images [B, C, H, W] in 0..1."""
         raise NotImplementedError
 
     def draws(self) -> Mapping[str, Draw]:

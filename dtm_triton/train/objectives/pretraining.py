@@ -18,8 +18,9 @@ class Pretraining(TokenObjective):
     """
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        images, mask = augment(batch), self.masks(batch["mask"])
-        targets = self.compared(self.targets(images), mask)
+        images = augment(batch)
+        targets, partition = self.look(batch, images)
+        targets = self.aims(targets, partition)
         matching = self.match(targets)  # needs no outputs
-        outputs = self.network(self.normalise(images), mask)
-        return {"loss": self.distance(self.compared(outputs, mask), targets, matching)}
+        outputs = self.network(self.normalise(images), partition)
+        return {"loss": self.distance(self.compared(outputs, partition), targets, matching)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dtm_triton.dtm import DTMLoss, Matching
 from dtm_triton.losses import dtm_loss
+from dtm_triton.partition import Partition
 from dtm_triton.schedule import MorphSchedule
 from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import Normalise
@@ -39,12 +40,14 @@ class TokenObjective(Objective):
         loss = config.loss
         self.network, self.config, self.average = network, loss, config.ema
         self.normalise = Normalise(config.data.mean, config.data.std)
-        self.masks = Masks(config.mask, network.grid)
-        self.masked = config.mask.masked
+        self.masks, self.attention = Masks(config.mask, network.grid, config.attention), config.attention
+        attends = config.mask.kind == "attention"
+        self.maps = config.attention if attends and config.attention.maps == "stored" else None
+        self.live = attends and self.maps is None
         self.teacher: Any = None
-        if teacher is None:
+        if teacher is None or (attends and config.attention.source == "ema"):
             self.ema = frozen_copy(network)
-        else:
+        if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval()
         self.beside = Beside()
         self.loss = DTMLoss(
@@ -81,17 +84,43 @@ class TokenObjective(Objective):
     def targets(self, images: Tensor) -> Tensor:
         """What the network should predict, [B, N, C], of images [B, C, H, W] in 0..1; without gradient."""
         with torch.no_grad():
-            if self.ema is None:
+            if self.teacher is not None:
                 return self.teacher(images)
             return self.ema.tokens(self.normalise(images), average=self.average.blocks)
 
-    def places(self, mask: Tensor) -> Tensor:
-        """Where the masked tokens lie [B, M], in raster order; every row of mask [B, N] has M of them."""
-        return mask.int().argsort(dim=1, descending=True, stable=True)[:, : self.masked]
+    def attend(self, images: Tensor) -> Tensor:
+        """What `attention.source` attends to in images [B, C, H, W] in 0..1: [B, N], in eval mode, without gradient."""
+        statistic = self.attention.statistic
+        with torch.no_grad():
+            if self.attention.source == "teacher":
+                return self.teacher.attention(images, statistic)
+            if self.attention.source == "ema":
+                return self.ema.attention(self.normalise(images), statistic)
+            return self.network.attention(self.normalise(images), statistic)
 
-    def compared(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Of tokens [B, N, C] those that the loss compares: all, or [B, M, C]."""
-        return take(tokens, self.places(mask)) if self.config.on == "masked" else tokens
+    def partition(self, batch: Mapping[str, Tensor], images: Tensor) -> Partition:
+        """What of a batch is masked, thrown and visible; images: [B, C, H, W] in 0..1, as the network will see them."""
+        return self.masks(batch, self.attend(images) if self._looks_now() else None)
+
+    def look(self, batch: Mapping[str, Tensor], images: Tensor) -> tuple[Tensor, Partition]:
+        """`targets` and `partition`; a teacher that gives both looks once."""
+        if self._looks_now() and self.attention.source == "teacher":
+            targets, maps = self.teacher.targets_and_attention(images, self.attention.statistic)
+            return targets, self.masks(batch, maps)
+        return self.targets(images), self.partition(batch, images)
+
+    def _looks_now(self) -> bool:
+        return self.live and self.epoch >= self.attention.warmup_epochs
+
+    def aims(self, targets: Tensor, partition: Partition) -> Tensor:
+        """Of targets [B, N, C] those that the loss compares: of kept patches [B, K, C], or of masked ones [B, M, C]."""
+        if self.config.on == "masked":
+            return take(targets, partition.masked)
+        return take(targets, partition.kept) if partition.thrown.shape[1] else targets
+
+    def compared(self, outputs: Tensor, partition: Partition) -> Tensor:
+        """Of outputs [B, K, C] those that the loss compares: all, or [B, M, C]."""
+        return take(outputs, partition.masked_among_kept) if self.config.on == "masked" else outputs
 
     def match(self, targets: Tensor) -> Matching | None:
         """Groups of the targets' tokens, found beside the main stream; None when nothing is morphed."""
