@@ -21,7 +21,7 @@ from dtm_triton.train.engine.compiled import compile_blocks
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.parallel import ENTRIES, blocks_of
 from dtm_triton.train.models import attention
-from dtm_triton.train.models.attention import attention_map
+from dtm_triton.train.models.attention import attention_map, tokens_and_attention
 from dtm_triton.train.models.autoencoder import MaskedAutoencoder
 from dtm_triton.train.models.student import MaskedStudent
 
@@ -123,6 +123,16 @@ def test_maps_are_those_of_timms_softmax(family: str, statistic: Any, monkeypatc
     assert found.shape == (3, PATCHES) and found.dtype == torch.float32 and not found.requires_grad
     assert expected.std() > 0.05 * expected.mean(), "a map with something in it"
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=2e-5 if statistic == "row_column" else 1e-4)
+
+
+@everything
+@every_statistic
+def test_one_pass_gives_tokens_and_map(family: str, statistic: Any) -> None:
+    model = build(family, drop_path_rate=0.9).train()
+    tokens, found = tokens_and_attention(model, images(), statistic)
+    assert model.blocks[-1].training and torch.equal(found, attention_map(model, images(), statistic))
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, model.eval().forward_features(images()))
 
 
 @every_family
