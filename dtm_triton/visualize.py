@@ -1,4 +1,4 @@
-"""Pictures: morphed groups over their images, masks, and the curves of a training run.
+"""Pictures: morphed groups over their images, masks, attention maps, reconstructions, and the curves of a run.
 
 matplotlib is imported when a picture is drawn, through its object interface: no display, no global state.
 """
@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dtm_triton import canvas
+from dtm_triton.canvas import INK
 from dtm_triton.groups import TokenGroups
+from dtm_triton.visualize_masks import draw_maps, draw_masks, draw_reconstructions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-    AxesGrid = list[list[Axes]]
+__all__ = ["draw_curves", "draw_groups", "draw_maps", "draw_masks", "draw_reconstructions"]
 
-INK = "#24292f"
-AMBER = "#f59f00"
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#5f3dc4", "#e67700")
-CELL = 1.9  # inches a picture's longer side
 
 
 def draw_groups(
@@ -55,7 +54,7 @@ def draw_groups(
     >>> draw_groups(torch.rand(1, 3, 8, 8), [halves], (2, 2), Path(tempfile.mkdtemp(), "groups.png")).name
     'groups.png'
     """
-    patches = _check_images(images, grid)
+    patches = canvas.check_images(images, grid)
     for groups in groups_by_step:
         if groups.index.shape != (len(images), patches):
             raise ValueError(f"groups_by_step must hold [{len(images)}, {patches}], got {list(groups.index.shape)}")
@@ -63,14 +62,14 @@ def draw_groups(
         titles = [_count_title(groups) for groups in groups_by_step]
     if len(titles) != len(groups_by_step):
         raise ValueError(f"titles must be one per step, {len(groups_by_step)}, got {len(titles)}")
-    figure, axes = _picture_grid(len(images), 1 + len(groups_by_step), images.shape[-2:], ["image", *titles])
+    figure, axes = canvas.picture_grid(len(images), 1 + len(groups_by_step), images.shape[-2:], ["image", *titles])
     for row, image in enumerate(images.detach().float().cpu()):
-        _show(axes[row][0], image)
+        canvas.show(axes[row][0], image)
         for column, groups in enumerate(groups_by_step, start=1):
             labels = groups.index[row].long().cpu().view(grid)
-            _show(axes[row][column], _fill_groups(image, labels))
-            _draw_borders(axes[row][column], labels, image)
-    return _save(figure, path)
+            canvas.show(axes[row][column], _fill_groups(image, labels))
+            canvas.draw_borders(axes[row][column], labels, image)
+    return canvas.save(figure, path)
 
 
 def _count_title(groups: TokenGroups) -> str:
@@ -79,40 +78,6 @@ def _count_title(groups: TokenGroups) -> str:
     if fewest < most:
         return f"{fewest} to {most} groups"
     return f"{most} group{'s' if most != 1 else ''}"
-
-
-def draw_masks(images: Tensor, masks: Tensor, grid: tuple[int, int], path: Path | str) -> Path:
-    """Images above what the student sees of them: masked patches are greyed out. A column per image.
-
-    Args:
-        images: [B, 3, H, W] or [B, 1, H, W], floats in 0..1, H and W multiples of the grid's sides.
-        masks: bool [B, N], True = masked.
-        grid: (height, width) in patches; N = height * width.
-        path: the PNG to write; folders on the way are made.
-
-    Returns:
-        the path.
-
-    Raises:
-        ValueError: shapes that do not belong together.
-
-    >>> import tempfile
-    >>> masks = torch.tensor([[True, False, False, True]])
-    >>> draw_masks(torch.rand(1, 3, 8, 8), masks, (2, 2), Path(tempfile.mkdtemp(), "masks.png")).name
-    'masks.png'
-    """
-    patches = _check_images(images, grid)
-    if masks.dtype != torch.bool or masks.shape != (len(images), patches):
-        raise ValueError(f"masks must be bool [{len(images)}, {patches}], got {masks.dtype} {list(masks.shape)}")
-    titles = [f"{count} of {patches} masked" for count in masks.sum(1).tolist()]
-    figure, axes = _picture_grid(2, len(images), images.shape[-2:], titles)
-    for column, image in enumerate(images.detach().float().cpu()):
-        _show(axes[0][column], image)
-        labels = masks[column].cpu().view(grid)
-        hidden = _to_pixels(labels, image.shape[-2:])
-        _show(axes[1][column], torch.where(hidden, 0.25 * image.mean(0) + 0.5, image))
-        _draw_borders(axes[1][column], labels.long(), image)
-    return _save(figure, path)
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
@@ -144,14 +109,14 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         raise ValueError(f"rows must hold a loss, a learning rate or an accuracy, got {len(rows)} rows without")
-    figure = _new_figure(4.6 * len(panels), 3.2)
+    figure = canvas.new_figure(4.6 * len(panels), 3.2)
     for position, (title, curves) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(1, len(panels), position)
         for colour, (name, points) in zip(COLOURS * len(curves), curves.items(), strict=False):
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, color=colour, label=name, marker="o" if len(points) < 30 else "", markersize=3.5)
         _style_panel(axis, title, len(curves) > 1 or title == "accuracy")
-    return _save(figure, path)
+    return canvas.save(figure, path)
 
 
 def _panel_of(name: str) -> str | None:
@@ -179,84 +144,8 @@ def _style_panel(axis: Axes, title: str, legend: bool) -> None:
 
 def _fill_groups(image: Tensor, labels: Tensor) -> Tensor:
     """image [3, H, W] with every pixel replaced by the mean colour of its patch's group; labels [h, w]."""
-    label = _to_pixels(labels, image.shape[-2:]).flatten()
+    label = canvas.to_pixels(labels, image.shape[-2:]).flatten()
     groups = int(label.max()) + 1
     total = torch.zeros(image.shape[0], groups).index_add_(1, label, image.flatten(1))
     mean = total / torch.bincount(label, minlength=groups).clamp(min=1)
     return mean[:, label].view_as(image)
-
-
-def _draw_borders(axis: Axes, labels: Tensor, image: Tensor) -> None:
-    """Lines between neighbouring patches of different label: vectors, so they stay thin at any resolution."""
-    from matplotlib.collections import LineCollection
-
-    high, wide = image.shape[1] / labels.shape[0], image.shape[2] / labels.shape[1]
-    grey = bool((image.amax(0) - image.amin(0)).max() < 0.05)
-    across = (labels[:, 1:] != labels[:, :-1]).nonzero().tolist()
-    down = (labels[1:] != labels[:-1]).nonzero().tolist()
-    lines = [[((x + 1) * wide, y * high), ((x + 1) * wide, (y + 1) * high)] for y, x in across]
-    lines += [[(x * wide, (y + 1) * high), ((x + 1) * wide, (y + 1) * high)] for y, x in down]
-    # white lines would pass for strokes of a black and white drawing
-    axis.add_collection(LineCollection(lines, colors=AMBER if grey else "white", linewidths=0.7, capstyle="projecting"))
-
-
-def _show(axis: Axes, image: Tensor) -> None:
-    pixels = image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    height, width = pixels.shape[:2]
-    # pixel (0, 0) spans 0..1, so that patch edges lie on whole numbers; small images keep their square pixels
-    axis.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest" if height < 128 else "antialiased")
-    axis.set_xlim(0, width)
-    axis.set_ylim(height, 0)
-
-
-def _picture_grid(rows: int, columns: int, size: Sequence[int], titles: Sequence[str]) -> tuple[Figure, AxesGrid]:
-    scale = CELL / max(size)
-    wide, high = size[1] * scale, size[0] * scale
-    gap, margin, heading = 0.08, 0.1, 0.3  # inches
-    total_wide = columns * wide + (columns - 1) * gap + 2 * margin
-    total_high = rows * high + (rows - 1) * gap + 2 * margin + heading
-    figure = _new_figure(total_wide, total_high)
-    axes: AxesGrid = []
-    for row in range(rows):
-        bottom = margin + (rows - 1 - row) * (high + gap)
-        axes.append([])
-        for column in range(columns):
-            left = margin + column * (wide + gap)
-            axis = figure.add_axes((left / total_wide, bottom / total_high, wide / total_wide, high / total_high))
-            axis.set_axis_off()
-            axes[-1].append(axis)
-            if row == 0:
-                middle, above = left + wide / 2, total_high - margin - heading / 2
-                figure.text(middle / total_wide, above / total_high, titles[column], ha="center", va="center",
-                            fontsize=10, color=INK)  # fmt: skip
-    return figure, axes
-
-
-def _to_pixels(labels: Tensor, size: Sequence[int]) -> Tensor:
-    return labels.repeat_interleave(size[0] // labels.shape[0], 0).repeat_interleave(size[1] // labels.shape[1], 1)
-
-
-def _check_images(images: Tensor, grid: tuple[int, int]) -> int:
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"images must be [B, 3, H, W] or [B, 1, H, W] with B > 0, got {list(images.shape)}")
-    if images.shape[2] % grid[0] or images.shape[3] % grid[1]:
-        raise ValueError(f"grid must divide the images' {list(images.shape[2:])} pixels, got {grid!r}")
-    return grid[0] * grid[1]
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path | str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if any(axis.lines for axis in figure.axes):
-        figure.tight_layout()
-    figure.savefig(path)
-    return path

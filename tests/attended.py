@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dtm_triton.train.config import AttentionConfig
 from dtm_triton.train.data.images import WHOLE, Digits, Images
 from dtm_triton.train.engine.distributed import Processes
-from dtm_triton.train.maps import chunks
+from dtm_triton.train.maps import chunks, refresh
 from dtm_triton.train.maps.refresh import refresh_maps
 from dtm_triton.train.maps.run_maps import RunMaps
 from dtm_triton.train.recipes import digits
@@ -94,13 +94,15 @@ def maps_of_several(processes: Processes, folder: Path) -> None:
         make_maps(path, images, processes, attend=attend_together(calls), check=stop)
     assert len(calls) == 2 * 2 and not path.exists()
     processes.wait()  # all have written their chunks
+    refresh.PATIENCE = -1.0  # progress after every chunk
     said = make_maps(path, images, processes, attend=attend_together(calls), go_on=True, check=lambda: checks.append(1))
     chunk = 8
     assert set(calls) == {(4, 1, 12, 18)}
     found = processes.gather((len(calls), len(checks), len(said)))
     left = -(-75 // chunk) - 2 * processes.count
-    turns = 2 + -(-left // processes.count)
-    assert found == [(2 * turns, turns + 1, int(rank == 0)) for rank in range(processes.count)], found
+    turns = -(-left // processes.count)
+    wanted = [(4 + 2 * turns, 3 + turns, (turns + 1) * (rank == 0)) for rank in range(processes.count)]
+    assert found == wanted, found
 
 
 def run_maps_of_several(processes: Processes, folder: Path) -> None:

@@ -17,6 +17,7 @@ from dtm_triton.train.build import build_objective
 from dtm_triton.train.config import (
     CodebookConfig,
     DecoderConfig,
+    FinetuneConfig,
     OptimizerConfig,
     PretrainConfig,
     ProjectorConfig,
@@ -69,19 +70,44 @@ def shrink(config: PretrainConfig, images: Path, folder: Path, **run: Any) -> Pr
     """The recipe on the images of `write_images`, in `folder`: 2 steps an epoch, 2 epochs."""
     data = replace(config.data, train_folder=images / "train", test_folder=images / "val", image_size=SIZE, workers=0)
     teacher = write_teacher(images, config.teacher) if config.teacher.kind == "timm" else config.teacher
-    kwargs = {**config.student.model_kwargs, **SMALL}
+    kwargs, maps, square = {**config.student.model_kwargs, **SMALL}, config.attention, config.mask.unit**2
+    masked, thrown, first = (
+        count * PATCHES // 196 // square * square
+        for count in (config.mask.masked, config.mask.thrown, maps.warmup_masked)
+    )
     return replace(
         config,
         data=data,
         student=replace(config.student, model_kwargs=kwargs, patch_size=8, init_std=0.08),
         teacher=teacher,
-        mask=replace(config.mask, masked=config.mask.masked * PATCHES // 196, min_patches=2),
-        loss=replace(config.loss, max_removed=PATCHES, max_iterations=4),
+        mask=replace(config.mask, masked=masked, thrown=thrown, min_patches=2),
+        attention=replace(
+            maps,
+            warmup_masked=first,
+            warmup_epochs=min(maps.warmup_epochs, 1),  # of the two: maps are made after the first
+            refresh_epochs=min(maps.refresh_epochs, 1),
+        ),
+        loss=replace(config.loss, max_removed=PATCHES - thrown, max_iterations=4),
         optimizer=replace(config.optimizer, lr=1e-3, warmup_epochs=1, final_lr=min(1e-5, config.optimizer.final_lr)),
         ema=replace(config.ema, blocks=2),
         decoder=DecoderConfig(width=16, depth=1, heads=2),
         codebook=CodebookConfig(codes=16, momentum=0.9),
         projector=ProjectorConfig(hidden=32, features=16),
+        run=RunConfig(
+            **{"folder": folder, "epochs": 2, "batch_size": 8, "threads": 1, "log_every": 1, "device": "cpu", **run}
+        ),
+    )
+
+
+def shrink_finetuning(config: FinetuneConfig, images: Path, folder: Path, **run: Any) -> FinetuneConfig:
+    """The recipe on the images of `write_images`, in `folder`, from random weights: 2 steps an epoch, 2 epochs."""
+    data = replace(config.data, train_folder=images / "train", test_folder=images / "val", image_size=SIZE, workers=0)
+    kwargs = {**config.student.model_kwargs, **SMALL}
+    return replace(
+        config,
+        data=data,
+        student=replace(config.student, model_kwargs=kwargs, patch_size=8, init_std=0.08, weights=None),
+        optimizer=replace(config.optimizer, warmup_epochs=1),
         run=RunConfig(
             **{"folder": folder, "epochs": 2, "batch_size": 8, "threads": 1, "log_every": 1, "device": "cpu", **run}
         ),

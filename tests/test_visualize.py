@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from dtm_triton import visualize
+from dtm_triton import canvas
 from dtm_triton.groups import TokenGroups
-from dtm_triton.visualize import draw_curves, draw_groups, draw_masks
+from dtm_triton.visualize import draw_curves, draw_groups, draw_maps, draw_masks, draw_reconstructions
 
 
 def groups_of(*rows: list[int]) -> TokenGroups:
@@ -27,8 +27,8 @@ def groups_of(*rows: list[int]) -> TokenGroups:
 def figures(monkeypatch):
     """The figures as they were saved."""
     seen = []
-    save = visualize._save
-    monkeypatch.setattr(visualize, "_save", lambda figure, path: seen.append(figure) or save(figure, path))
+    save = canvas.save
+    monkeypatch.setattr(canvas, "save", lambda figure, path: seen.append(figure) or save(figure, path))
     return seen
 
 
@@ -106,6 +106,67 @@ def test_masks_grey_out_what_is_hidden(tmp_path, figures):
     assert [text.get_text() for text in figures[0].texts] == ["1 of 4 masked", "2 of 4 masked"]
 
 
+def test_thrown_patches_are_black(tmp_path, figures):
+    images = torch.rand(1, 3, 8, 8) * 0.5 + 0.25
+    masks, thrown = torch.tensor([[True, False, False, False]]), torch.tensor([[False, True, True, False]])
+    draw_masks(images, masks, (2, 2), tmp_path / "masks.png", thrown)
+    shown, original = picture(figures[0].axes[1]), images[0].permute(1, 2, 0).numpy()
+    assert np.ptp(shown[:4, :4], axis=-1).max() < 1e-6 and shown[:4, :4].min() > 0.5, "masked is light grey"
+    assert not shown[:4, 4:].any() and not shown[4:, :4].any(), "thrown is black"
+    assert np.array_equal(shown[4:, 4:], original[4:, 4:]), "visible is as it was"
+    assert [text.get_text() for text in figures[0].texts] == ["1 masked, 2 thrown"]
+    # masked, thrown and visible differ: lines run on all four inner edges
+    assert len(lines(figures[0].axes[1])) == 4
+
+
+def test_maps_are_heat_over_a_grey_image(tmp_path, figures):
+    from matplotlib import colormaps
+
+    images = torch.cat([two_colours(), two_colours()])
+    maps = torch.tensor([[0, 10, 200, 0], [0, 0, 0, 0]], dtype=torch.uint8)
+    path = draw_maps(images, maps, (2, 2), tmp_path / "maps.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [text.get_text() for text in figures[0].texts] == ["half in 1 of 4", "all 0"]
+    assert len(figures[0].axes) == 4
+    for column in range(2):
+        assert np.array_equal(picture(figures[0].axes[column]), images[column].permute(1, 2, 0))
+        shown = picture(figures[0].axes[2 + column])
+        for patch, weight in enumerate((0, 10 / 200, 1, 0) if column == 0 else (0, 0, 0, 0)):
+            y, x = 4 * (patch // 2), 4 * (patch % 2)
+            wanted = 0.4 / 3 + 0.6 * np.array(colormaps["inferno"](float(weight))[:3])  # both colours' mean is 1 / 3
+            assert np.allclose(shown[y : y + 4, x : x + 4], wanted, atol=1e-5), patch
+
+
+def test_maps_with_what_is_seen_below(tmp_path, figures):
+    maps, masks = torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[True, False, True, False]])
+    thrown = torch.tensor([[False, True, False, False]])
+    draw_maps(two_colours(), maps, (2, 2), tmp_path / "maps.png", masks, thrown)
+    assert [text.get_text() for text in figures[0].texts] == ["half in 2 of 4"]
+    _, _, seen = figures[0].axes
+    assert np.allclose(picture(seen)[:, :4], 0.25 / 3 + 0.5) and not picture(seen)[:4, 4:].any()
+    assert np.array_equal(picture(seen)[4:, 4:], two_colours()[0].permute(1, 2, 0)[4:, 4:])
+
+
+def test_reconstructions_are_pasted_into_what_is_visible(tmp_path, figures):
+    images, predictions = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8) * 3 - 1
+    masks = torch.tensor([[True, False, False, False], [False, False, False, True]])
+    thrown = torch.tensor([[False, True, False, False], [False, True, False, False]])
+    draw_reconstructions(images, predictions, masks, (2, 2), tmp_path / "again.png", thrown)
+    assert [text.get_text() for text in figures[0].texts] == ["image", "what it sees", "predicted"]
+    for row in range(2):
+        image, seen, predicted = (torch.tensor(np.asarray(picture(axis))).permute(2, 0, 1)
+                                  for axis in figures[0].axes[3 * row : 3 * row + 3])  # fmt: skip
+        assert torch.equal(image, images[row])
+        here = masks[row].view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        away = thrown[row].view(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert torch.equal(predicted[:, here], predictions[row][:, here].clamp(0, 1))
+        assert not predicted[:, away].any() and not seen[:, away].any()
+        rest = ~here & ~away
+        assert torch.equal(predicted[:, rest], images[row][:, rest])
+        assert torch.equal(seen[:, rest], images[row][:, rest])
+        assert not torch.equal(seen[:, here], images[row][:, here])
+
+
 def test_curves(tmp_path, figures):
     rows = [{"step": 0, "loss": 2.0, "lr": 1e-3, "note": "start", "grad_norm": 3.0, "ok": True}]
     rows += [{"step": 10, "loss": math.nan, "lr": 5e-4}, {"step": 20, "loss": 1, "knn": 0.5, "linear_probe": 0.75}]
@@ -138,6 +199,20 @@ def test_bad_input(tmp_path):
         draw_groups(image, [groups_of([0, 1, 2, 3])], (2, 2), path, titles=["a", "b"])
     with pytest.raises(ValueError, match=r"masks must be bool \[1, 4\], got torch.float32"):
         draw_masks(image, torch.zeros(1, 4), (2, 2), path)
+    none = torch.zeros(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"thrown must be bool \[1, 4\], got torch.bool \[1, 3\]"):
+        draw_masks(image, none, (2, 2), path, none[:, :3])
+    with pytest.raises(ValueError, match=r"thrown must not be masked too, got 4"):
+        draw_masks(image, ~none, (2, 2), path, ~none)
+    with pytest.raises(ValueError, match=r"maps must be \[1, 4\], got \[1, 5\]"):
+        draw_maps(image, torch.zeros(1, 5), (2, 2), path)
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"maps must be finite and not below 0, got"):
+            draw_maps(image, torch.tensor([[0.0, bad, 1, 1]]), (2, 2), path)
+    with pytest.raises(ValueError, match=r"masks must be bool"):
+        draw_maps(image, torch.zeros(1, 4), (2, 2), path, torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"predictions must be \[1, 3, 8, 8\] as the images, got \[1, 3, 8, 4\]"):
+        draw_reconstructions(image, image[..., :4], none, (2, 2), path)
     with pytest.raises(ValueError, match=r"rows .* 1 rows"):
         draw_curves([{"step": 1, "note": "x"}], path)
     assert not path.exists()

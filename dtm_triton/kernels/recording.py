@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.compiler import ASTSource
 
-from dtm_triton.kernels import launch, masks, stream_match, tables
+from dtm_triton.kernels import launch, masks, sample, stream_match, tables
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -31,7 +31,7 @@ POINTERS = {
 }
 
 
-LOADED = (launch, masks, stream_match)
+LOADED = (launch, masks, sample, stream_match)
 """Every launcher is imported before a kernel is replaced: whoever imports a recorder keeps it."""
 
 

@@ -13,6 +13,7 @@ from dtm_triton.measure.ceilings import Ceilings
 from dtm_triton.measure.estimate import ASSUMED, ASSUMED_DEVICE, estimate
 from dtm_triton.measure.machine import ROOT, shown_commit
 from dtm_triton.measure.record import Record, Row, read_all
+from dtm_triton.measure.render_steps import step_parts
 from dtm_triton.measure.render_training import training_parts
 from dtm_triton.measure.tables import number, table
 from dtm_triton.measure.timing import Timing
@@ -53,14 +54,16 @@ def render(places: Places) -> str:
     parts = [
         "# Benchmarks",
         "Rendered by `python kernels/bench.py`, which measures, or `python kernels/bench.py --render`, which does not, "
-        "from the data files of every machine; `python train/bench.py` and `python train/loader_bench.py` write those "
-        "on training and loading. No measured figure is typed by hand; what the method's prose estimates, it calls so.",
+        "from the data files of every machine; `python train/bench.py`, `python train/step_bench.py` and "
+        "`python train/loader_bench.py` write those on training and loading. No measured figure is typed by hand; what "
+        "the method's prose estimates, it calls so.",
     ]
     for record in records:
         parts += _machine(record, places)
     if not any(record.machine["kind"] == "gpu" for record in records):
         parts += _estimates()
     parts += training_parts(places.data)
+    parts += step_parts(places.data)
     parts += _resources(RESOURCES)
     if METHOD.exists():
         parts.append(METHOD.read_text().strip())

@@ -164,7 +164,7 @@ def read_train(folder: Path) -> list[TrainRecord]:
     []
     """
     records = []
-    for content in _contents(folder, FORMAT):
+    for content in contents(folder, FORMAT):
         sides = [Side(**side) for side in content.pop("sides")]
         records.append(TrainRecord(**content, sides=sides))
     return records
@@ -177,13 +177,14 @@ def read_loader(folder: Path) -> list[LoaderRecord]:
     []
     """
     records = []
-    for content in _contents(folder, LOADER_FORMAT):
+    for content in contents(folder, LOADER_FORMAT):
         rows = [LoaderRow(**row) for row in content.pop("rows")]
         records.append(LoaderRecord(**content, rows=rows))
     return records
 
 
-def _contents(folder: Path, kind: str) -> list[dict[str, Any]]:
-    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    chosen = [content for content in contents if isinstance(content, dict) and content.pop("format", None) == kind]
+def contents(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """What the JSON files of one format in `folder` hold, GPU machines first."""
+    every = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    chosen = [content for content in every if isinstance(content, dict) and content.pop("format", None) == kind]
     return sorted(chosen, key=lambda content: content["machine"]["kind"] != "gpu")

@@ -30,7 +30,7 @@ from dtm_triton.measure.render_training import readable
 from dtm_triton.measure.train_record import TrainRecord
 from dtm_triton.train import recipes
 from dtm_triton.train.benchmark.flops import count_flops
-from dtm_triton.train.benchmark.inputs import describe_inputs, without_network
+from dtm_triton.train.benchmark.inputs import describe_inputs, past_warm_up, without_network
 from dtm_triton.train.benchmark.repetitions import Repetitions
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import run_command
@@ -98,6 +98,7 @@ def measure(
         resolved=to_json(config),
         title="benchmark",
     )
+    past_warm_up(trainer)
     dtype = torch.bfloat16 if config.run.half_precision(processes.device) else torch.float32
     rates = measure_ceilings(processes.device, CEILING_SECONDS, (dtype,)).matrix_tflop_s
     start = time.monotonic()
@@ -148,11 +149,14 @@ def chosen(config: PretrainConfig, options: argparse.Namespace, batch: int, work
 
 
 def count_operations(objective: Pretraining, config: PretrainConfig, processes: Processes) -> tuple[int, int]:
-    """Operations of one image: of the student forward and backward, and of the teacher forward."""
+    """Operations of one image once masks are warm: of the student forward and backward, of the teacher forward."""
     images = open_images(config.data, "train")
     assert images is not None
     run = replace(config.run, batch_size=1)
     batch = MicroBatches(images, config.data, run, Processes(), objective.draws())[0]
+    objective.epoch = config.attention.warmup_epochs
+    if objective.maps is not None:
+        batch["map"] = torch.ones(1, *objective.network.grid)
     both = count_flops(lambda: objective(batch)["loss"].backward())
     objective.zero_grad(set_to_none=True)
     teacher = count_flops(lambda: objective.targets(augment(batch)))

@@ -14,6 +14,7 @@ from dtm_triton.train.conv_teacher import train_conv_teacher
 from dtm_triton.train.data.draws import fold
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.models.attention import check_attends
 from dtm_triton.train.models.autoencoder import MaskedAutoencoder
 from dtm_triton.train.models.encoder import Encoder
 from dtm_triton.train.models.student import CodeStudent, MaskedStudent, ProjectedStudent
@@ -39,6 +40,16 @@ def build_objective(config: PretrainConfig, processes: Processes) -> TokenObject
 
 def assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
     """The objective on a teacher, images in 0..1 -> [B, N, out_features] with that attribute; None for "ema"."""
+    objective = _assemble(config, teacher)
+    if config.mask.kind == "attention":
+        try:
+            check_attends(objective.attended)
+        except ValueError as error:
+            raise FolderError(f"attention.source {config.attention.source!r} gives no maps: {error}") from error
+    return objective
+
+
+def _assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
     torch.manual_seed(fold(config.run.seed, "weights"))
     student, data, width = config.student, config.data, getattr(teacher, "out_features", None)
     if config.method == "beit_v2":

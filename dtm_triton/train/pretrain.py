@@ -24,7 +24,7 @@ from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
 from dtm_triton.train.models.export import export_student
 from dtm_triton.train.pictures import draw_run, draw_stage
-from dtm_triton.train.planning.budget import token_budget
+from dtm_triton.train.planning.budget import describe_budget
 
 
 def resolve(config: PretrainConfig) -> str:
@@ -46,9 +46,9 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     done = processes.from_first(lambda: read_finished(folder, resolved), FolderError)
     if done is not None:
         return done
-    if processes.first:
-        print(token_budget(config).describe())
     objective = build_objective(config, processes)
+    if processes.first:
+        print(describe_budget(config, objective.network))
     trainer = Trainer(
         objective,
         data=config.data,

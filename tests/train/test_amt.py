@@ -20,7 +20,8 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import assemble
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.masks import Masks
-from dtm_triton.train.models.student import take
+from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.models.keeping import take
 from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
 
@@ -203,3 +204,17 @@ def test_beit_v2_throws_too(tmp_path: Path) -> None:
     found = objective(batch)
     found["loss"].backward()
     assert found["loss"].isfinite() and objective.codebook.new_counts.sum() == 2 * 128 * 16
+
+
+@pytest.mark.parametrize("source", ["student", "ema"])
+def test_networks_that_cannot_attend_are_refused_before_anything_is_trained(source: str, tmp_path: Path) -> None:
+    base = attending(tmp_path)
+    student = replace(base.student, model_kwargs={**base.student.model_kwargs, "depth": 1})
+    config = replace(base, student=student, attention=replace(base.attention, source=source))
+    with pytest.raises(FolderError, match=f"attention.source '{source}' gives no maps: .* two blocks or more"):
+        attending_trainer(config)
+
+
+def test_maps_that_never_come_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"attention\.warmup_epochs must be below run\.epochs 1, .* got 1"):
+        attending(tmp_path, epochs=1)

@@ -12,6 +12,7 @@ import pytest
 from dtm_triton.train import recipes
 from dtm_triton.train.command_line import parse
 from dtm_triton.train.config import (
+    AttentionConfig,
     CodebookConfig,
     DataConfig,
     DecoderConfig,
@@ -29,6 +30,7 @@ from dtm_triton.train.config import (
 from dtm_triton.train.engine.run_folder import differences, refuse_changes
 
 MAE, BYOL = recipes.PRETRAIN["mae_clip_vit_base"](), recipes.PRETRAIN["byol_vit_base"]()
+MIXED = replace(recipes.finetune_demo(), mixup=0.8)
 EVERY = {**recipes.PRETRAIN, **recipes.FINETUNE, **recipes.PROBE}
 
 
@@ -37,7 +39,7 @@ def test_recipe_is_complete(name: str) -> None:
     config = EVERY[name]()
     assert differences(to_json(config), to_json(EVERY[name]())) == []
     assert json.loads(to_json(config))["data"]["source"] in ("digits", "folder")
-    if name in recipes.PRETRAIN and not name.startswith("demo"):
+    if name not in ("demo", "demo_tokenwise", *recipes.PROBE):
         assert config.run.folder == Path("runs", name)
 
 
@@ -83,6 +85,15 @@ def test_tokenwise_twin_differs_by_morphing_alone() -> None:
         (BYOL, "loss", LossConfig(on="masked"), "mask.masked must be positive when only masked tokens are compared"),
         (MAE, "mask", MaskConfig(kind="random", masked=196), "mask.masked must be below 196"),
         (recipes.finetune_demo(), "label_smoothing", 1.0, "label_smoothing must be"),
+        (recipes.finetune_demo(), "mixup", -0.1, "mixup must be 0 or more, got -0.1"),
+        (recipes.finetune_demo(), "cutmix", -1.0, "cutmix must be 0 or more, got -1.0"),
+        (recipes.finetune_demo(), "random_erasing", 1.5, r"random_erasing must be in 0\.\.1, got 1.5"),
+        (
+            MIXED,
+            "run",
+            replace(MIXED.run, batch_size=6, accumulate=2),
+            "run.batch_size must be even for mixup and cutmix",
+        ),
         (recipes.probe_demo(), "neighbours", 0, "neighbours must be positive, got 0"),
     ],
 )
@@ -94,7 +105,7 @@ def test_bad_values_are_named(config: Any, field: str, value: Any, message: str)
 def test_every_field_has_a_docstring() -> None:
     import inspect
 
-    nested = (EmaConfig, DecoderConfig, CodebookConfig, ProjectorConfig)
+    nested = (AttentionConfig, EmaConfig, DecoderConfig, CodebookConfig, ProjectorConfig)
     for kind in (
         DataConfig, StudentConfig, TeacherConfig, MaskConfig, LossConfig, OptimizerConfig, RunConfig, *nested
     ):  # fmt: skip

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from finetuned import step_shards
+from processes import run_together
+from timm.optim.lars import Lars
 from tiny import STUDENT
 from torch import nn
 
-from dtm_triton.train.build import build_student
+from dtm_triton.partition import Partition
+from dtm_triton.train.build import build_network, build_student
 from dtm_triton.train.config import OptimizerConfig
 from dtm_triton.train.engine.optimizer import (
     build_optimizer,
@@ -19,8 +25,8 @@ from dtm_triton.train.engine.optimizer import (
     learning_rate,
     parameter_groups,
 )
+from dtm_triton.train.models.classifier import Classifier
 from dtm_triton.train.models.student import MaskedStudent
-from dtm_triton.train.objectives.supervised import Supervised
 from dtm_triton.train.recipes import digits, digits_student
 
 CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.05)
@@ -51,13 +57,17 @@ def test_layer_decay_scales_by_depth() -> None:
     assert {group["lr_scale"] for group in parameter_groups(student, CONFIG)} == {1.0}
 
 
-def test_frozen_parameters_are_left_out() -> None:
-    student = build_student(STUDENT, digits(), 10)
-    Supervised(student, digits())
-    names = [name for group in parameter_groups(student, CONFIG) for name in group["names"]]
-    assert "backbone.patch_embed.mask_token" not in names and "head.weight" in names
+@pytest.mark.parametrize("kind", ["adamw", "lars"])
+def test_frozen_parameters_are_left_out(kind: Any) -> None:
+    probe = build_network(Classifier, STUDENT, digits(), out_features=10, frozen=True)
+    config = replace(CONFIG, kind=kind, layer_decay=0.5)
+    assert [name for group in parameter_groups(probe, config) for name in group["names"]] == [
+        "head.weight",
+        "head.bias",
+    ]
+    assert {group["lr_scale"] for group in build_optimizer(probe, config).param_groups} == {1.0}
     with pytest.raises(ValueError, match="network must have trainable parameters"):
-        build_optimizer(nn.Linear(2, 2).requires_grad_(False), CONFIG)
+        build_optimizer(nn.Linear(2, 2).requires_grad_(False), config)
 
 
 def test_learning_rate_values() -> None:
@@ -78,8 +88,8 @@ def test_guarded_step_scales_groups_and_stops_when_broken() -> None:
 
     def backward(scale: float) -> torch.Tensor:
         optimizer.zero_grad()
-        images, mask = torch.ones(1, 1, 4, 4), torch.tensor([[True, False, False, False]])
-        (scale * student(images, mask).square().sum()).backward()
+        masked = Partition.of(torch.tensor([[True, False, False, False]]), None, 1)
+        (scale * student(torch.ones(1, 1, 4, 4), masked).square().sum()).backward()
         return clip_gradient(student.parameters(), 1.0)
 
     before = {name: value.clone() for name, value in student.named_parameters()}
@@ -97,3 +107,86 @@ def test_guarded_step_scales_groups_and_stops_when_broken() -> None:
     backward(1.0)
     guarded_step(optimizer, 1e-2, fine)
     assert not torch.equal(student.head.weight, good["head.weight"])
+
+
+LARS = OptimizerConfig(kind="lars", lr=0.5, weight_decay=0.1, betas=(0.9, 0.999))
+
+
+def test_lars_steps_are_those_computed_by_hand() -> None:
+    """Weights of two dimensions: decay, then the trust ratio; vectors: plain momentum."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, LARS)
+    weight, bias = layer.weight.detach().double().clone(), layer.bias.detach().double().clone()
+    sums = torch.zeros_like(weight), torch.zeros_like(bias)
+    for step in range(4):
+        layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
+        update = layer.weight.grad.double() + 0.1 * weight
+        update *= 0.001 * weight.norm() / update.norm()
+        sums = 0.9 * sums[0] + update, 0.9 * sums[1] + layer.bias.grad.double()
+        weight, bias = weight - 0.2 * (step + 1) * sums[0], bias - 0.2 * (step + 1) * sums[1]
+        guarded_step(optimizer, 0.2 * (step + 1), torch.zeros(()))
+    torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.bias.double(), bias, rtol=1e-5, atol=1e-6)
+    assert (weight - layer.bias.detach().double()[:, None]).abs().max() > 0.1, "the case decides nothing"
+
+
+def test_lars_is_timms_without_decay() -> None:
+    """timm adapts the rate of all weights alike; of decay it takes the norm alone, as the paper."""
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(5, 4, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    first = build_optimizer(ours, replace(LARS, weight_decay=0.0))
+    second = Lars(theirs.parameters(), lr=0.5, momentum=0.9, always_adapt=True)
+    for _ in range(5):
+        ours.weight.grad = torch.randn(4, 5)
+        theirs.weight.grad = ours.weight.grad.clone()
+        guarded_step(first, 0.5, torch.zeros(()))
+        second.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_lars_moves_what_is_zero_and_leaves_what_has_no_gradient() -> None:
+    weight, still = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    optimizer = build_optimizer(nn.ParameterList([weight, still]), LARS)
+    assert all(not optimizer.state[each]["momentum"].any() for each in (weight, still))
+    weight.grad = torch.ones(2, 2)
+    guarded_step(optimizer, 0.5, torch.zeros(()))
+    assert torch.equal(weight.detach(), torch.full((2, 2), -0.5)) and not still.any()
+    weight.grad = torch.zeros(2, 2)
+    guarded_step(build_optimizer(nn.ParameterList([weight]), replace(LARS, weight_decay=0.0)), 0.5, torch.zeros(()))
+    assert torch.equal(weight.detach(), torch.full((2, 2), -0.5)), "no gradient: no ratio, and nothing to move"
+
+
+def test_a_broken_step_leaves_weights_and_momenta_of_lars() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, LARS)
+
+    def step(value: float, broken: float) -> list[torch.Tensor]:
+        layer.weight.grad, layer.bias.grad = torch.full((2, 3), value), torch.full((2,), value)
+        guarded_step(optimizer, 0.1, torch.tensor(broken))
+        kept = [*layer.parameters(), *(moments["momentum"] for moments in optimizer.state.values())]
+        return [tensor.detach().clone() for tensor in kept]
+
+    fine = step(1.0, 0.0)
+    assert all(map(torch.equal, step(math.nan, 1.0), fine))
+    assert all(map(torch.equal, step(1.0, 1.0), fine)), "from the first broken step on"
+    after = step(1.0, 0.0)
+    assert not any(map(torch.equal, after, fine)) and all(tensor.isfinite().all() for tensor in after)
+
+
+def test_lars_steps_shards_as_the_whole(tmp_path: Path) -> None:
+    """The norms are those of the whole weight, also of the part that this process holds."""
+    run_together(2, step_shards, tmp_path)
+    layer = nn.Linear(3, 4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) / 7 + 1)
+    optimizer = build_optimizer(layer, LARS)
+    for _ in range(2):
+        for parameter in layer.parameters():
+            parameter.grad = torch.arange(parameter.numel()).view_as(parameter) / 5 - 1
+        guarded_step(optimizer, 0.5, torch.zeros(()))
+    for name, value in torch.load(tmp_path / "sharded.pt", weights_only=True).items():
+        torch.testing.assert_close(value, layer.state_dict()[name])

@@ -92,3 +92,18 @@ def test_the_demo_and_its_recipes_mean_the_same_folders() -> None:
         assert pretrain.resolve(config) == pretrain.resolve(students[name])
     student = recipes.demo().run.folder / "student"
     assert recipes.finetune_demo().student.weights == recipes.probe_demo().weights == student
+
+
+def test_the_recipes_page_has_every_recipe_and_no_other() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    cells = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| `")]
+    named: set[str] = set()
+    for name in re.findall("`([^`]+)`", " ".join(cells)):
+        stem, *others = name.split("\\|")
+        head = stem.rpartition("_")[0]
+        if name.startswith("dtm_vit_small"):  # dtm_vit_small|base|large_patch16_in1k, and `..._released`, `..._paper`
+            sizes = [f"dtm_vit_{size}_patch16_in1k" for size in ("small", "base", "large")]
+            named |= {size + variant for size in sizes for variant in ("", "_released", "_paper")}
+        elif not name.startswith("..."):
+            named |= {stem, *(f"{head}_{other}" for other in others)}
+    assert named == {*recipes.PRETRAIN, *recipes.FINETUNE}

@@ -132,7 +132,9 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
         plan.main(["--out", str(tmp_path / "nowhere" / "page.md")])
 
 
-@pytest.mark.parametrize(("script", "command"), [("bench", "dtm-train-bench"), ("plan", "dtm-plan")])
+@pytest.mark.parametrize(
+    ("script", "command"), [("bench", "dtm-train-bench"), ("step_bench", "dtm-step-bench"), ("plan", "dtm-plan")]
+)
 def test_the_scripts_open_from_a_checkout(script: str, command: str, tmp_path: Path) -> None:
     """From any folder; the folder train/ is not searched for modules, as it holds names such as `data`."""
     path = plan.ROOT / "train" / f"{script}.py"

@@ -1,4 +1,4 @@
-"""A recipe made to run anywhere: generated images, random weights for its teacher, nothing from the network."""
+"""A recipe made to run anywhere: generated images and attention maps, random weights for its teacher."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator
 
 from dtm_triton.train.config import DataConfig, PretrainConfig, TeacherConfig
+from dtm_triton.train.engine.loop import Trainer
+from dtm_triton.train.maps.store import MapStore
 
 WIDTH, HEIGHT = 500, 375  # what most images of ImageNet-1K have
 BLOBS = 24  # pixels: noise of this grain, under finer noise, compresses about as photographs do
@@ -61,6 +64,21 @@ def random_weights(teacher: TeacherConfig, path: Path) -> TeacherConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in state.items()}, path)
     return replace(teacher, weights=path)
+
+
+def past_warm_up(trainer: Trainer) -> None:
+    """Put a fresh trainer behind the warm-up of its masks; where its recipe stores attention maps, it has random ones.
+
+    What maps hold does not change what a step costs.
+    """
+    trainer.objective.epoch = 1 << 30
+    if trainer.maps is None:
+        return
+    trainer.maps.folder.mkdir(parents=True)
+    path = trainer.maps.folder / "random.npy"
+    shape = (len(trainer.batches.images.labels), *trainer.maps.grid)
+    np.save(path, np.random.default_rng(0).integers(1, 256, shape).astype(trainer.maps.config.precision))
+    trainer.maps.store = MapStore(path)
 
 
 def describe_inputs(config: PretrainConfig, images: int) -> str:

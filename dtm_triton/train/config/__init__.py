@@ -99,6 +99,9 @@ class PretrainConfig:
             maps.source != "teacher" or self.teacher.kind == "timm",
             'other than "teacher" without a timm teacher',
         )
+        epochs = self.run.epochs
+        wanted = f"below run.epochs {epochs}, or no map is ever made"
+        check("attention.warmup_epochs", maps.warmup_epochs, maps.warmup_epochs < epochs, wanted)
         if maps.warmup_epochs:
             warmup = maps.warmup_masked
             fine = (warmup >= 1 or self.loss.on == "all") and warmup < patches and warmup % mask.unit**2 == 0

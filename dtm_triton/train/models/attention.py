@@ -51,7 +51,7 @@ def attention_map(backbone: nn.Module, images: Tensor, statistic: Statistic = "c
     >>> maps.shape, bool((maps >= 0).all() and (maps <= 1).all())
     (torch.Size([5, 16]), True)
     """
-    model = _checked(backbone, statistic)
+    model = check_attends(backbone, statistic)
     with evaluating(model):
         tokens = _last_input(model, images)
         with _gathered(model.blocks[-1]):
@@ -72,7 +72,7 @@ def tokens_and_attention(
     >>> tokens.shape, maps.shape
     (torch.Size([5, 17, 12]), torch.Size([5, 16]))
     """
-    model = _checked(backbone, statistic)
+    model = check_attends(backbone, statistic)
     with evaluating(model):
         tokens, rotation = _last_input(model, images), _rotation(model, images)
         maps = _statistic(model, tokens, rotation, statistic)
@@ -84,7 +84,8 @@ def tokens_and_attention(
         return model.norm(model.blocks[-1](tokens, **beside)), maps
 
 
-def _checked(backbone: Any, statistic: str) -> Any:
+def check_attends(backbone: Any, statistic: str = "class_row") -> Any:
+    """The backbone. Raises ValueError as `attention_map`."""
     if statistic not in get_args(Statistic):
         raise ValueError(f"statistic must be one of {get_args(Statistic)}, got {statistic!r}")
     if not isinstance(backbone, VisionTransformer | Eva | Beit):

@@ -71,8 +71,7 @@ class Classifier(Encoder):
         return x[:, 0] if self.pool == "class" else x[:, self.backbone.num_prefix_tokens :].mean(dim=1)
 
     def _encode(self, images: Tensor, partition: Partition | None) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._run(images, None if partition is None else partition.kept)
+        return self._run(images, None if partition is None else partition.kept)
 
 
 class Standardise(nn.Module):

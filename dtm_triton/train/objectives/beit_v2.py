@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dtm_triton.groups import TokenGroups, morph_tokens
 from dtm_triton.train.config import CodebookConfig, PretrainConfig
 from dtm_triton.train.data.augment import augment
-from dtm_triton.train.models.student import CodeStudent, take
+from dtm_triton.train.models.keeping import take
+from dtm_triton.train.models.student import CodeStudent
 from dtm_triton.train.objectives.tokens import TokenObjective
 
 RARE = 0.01  # a code with less than this share of the mean code's tokens starts anew

@@ -20,7 +20,7 @@ from dtm_triton.train.engine.beside import Beside
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.evaluate import knn_accuracy
 from dtm_triton.train.models.average import follow, frozen_copy
-from dtm_triton.train.models.student import take
+from dtm_triton.train.models.keeping import take
 from dtm_triton.train.objectives.objective import Loader, Objective, gather_features
 
 
@@ -87,6 +87,13 @@ class TokenObjective(Objective):
             if self.teacher is not None:
                 return self.teacher(images)
             return self.ema.tokens(self.normalise(images), average=self.average.blocks)
+
+    @property
+    def attended(self) -> nn.Module:
+        """The timm model whose last block says where to look."""
+        owners = {"student": self.network, "ema": self.ema, "teacher": self.teacher}
+        owner: Any = owners[self.attention.source]
+        return owner.model if self.attention.source == "teacher" else owner.backbone
 
     def attend(self, images: Tensor) -> Tensor:
         """What `attention.source` attends to in images [B, C, H, W] in 0..1: [B, N], in eval mode, without gradient."""

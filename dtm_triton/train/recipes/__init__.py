@@ -10,22 +10,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtm_triton.train.config import FinetuneConfig, PretrainConfig, ProbeConfig
+from dtm_triton.train.recipes.amt import (
+    amt_mae_vit_base,
+    amt_mae_vit_large,
+    amt_mae_vit_small,
+    amt_simmim_vit_base,
+    dtm_amt_vit_base,
+    dtm_amt_vit_small,
+)
 from dtm_triton.train.recipes.demonstration import (
     demo,
     demo_tokenwise,
     digits,
     digits_student,
     finetune_demo,
+    linear_demo,
     own_images,
     probe_demo,
 )
+from dtm_triton.train.recipes.finetuning import finetune_mae_vit_base, finetune_simmim_vit_base, linear_mae_vit_base
 from dtm_triton.train.recipes.frameworks import (
     beit_v2_vit_base,
     byol_vit_base,
     data2vec_vit_base,
     mae_clip_vit_base,
-    mae_pixels_vit_base,
+    mae_vit_base,
+    mae_vit_large,
+    mae_vit_small,
     maskfeat_vit_base,
+    simmim_vit_base,
 )
 from dtm_triton.train.recipes.imagenet import (
     dtm_vit_base_patch16_in1k,
@@ -49,6 +62,7 @@ __all__ = [
     "dtm_vit_small_patch16_in1k",
     "finetune_demo",
     "image_folder",
+    "linear_demo",
     "own_images",
     "probe_demo",
     "probe_folder",
@@ -64,7 +78,16 @@ def _placed(name: str, recipe: Callable[[], PretrainConfig]) -> Callable[[], Pre
 
 
 _FRAMEWORKS = (
-    mae_pixels_vit_base,
+    mae_vit_small,
+    mae_vit_base,
+    mae_vit_large,
+    amt_mae_vit_small,
+    amt_mae_vit_base,
+    amt_mae_vit_large,
+    simmim_vit_base,
+    amt_simmim_vit_base,
+    dtm_amt_vit_small,
+    dtm_amt_vit_base,
     mae_clip_vit_base,
     maskfeat_vit_base,
     data2vec_vit_base,
@@ -78,5 +101,6 @@ PRETRAIN: dict[str, Callable[[], PretrainConfig]] = {
     "own_images": own_images,
     **{name: _placed(name, recipe) for name, recipe in _FULL_SCALE.items()},
 }
-FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {"finetune_demo": finetune_demo}
+_FINETUNE = (finetune_demo, linear_demo, finetune_mae_vit_base, finetune_simmim_vit_base, linear_mae_vit_base)
+FINETUNE: dict[str, Callable[[], FinetuneConfig]] = {recipe.__name__: recipe for recipe in _FINETUNE}
 PROBE: dict[str, Callable[[], ProbeConfig]] = {"probe_demo": probe_demo, "probe_folder": probe_folder}

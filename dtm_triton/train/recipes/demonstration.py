@@ -117,6 +117,18 @@ def finetune_demo() -> FinetuneConfig:
     )
 
 
+def linear_demo() -> FinetuneConfig:
+    """Linear probing of the demo's student on digits, by training: the backbone stays as it is."""
+    base = finetune_demo()
+    return replace(
+        base,
+        optimizer=OptimizerConfig(kind="lars", lr=1.0, final_lr=0.0, warmup_epochs=1, weight_decay=0.0),
+        run=replace(base.run, folder=Path("runs/linear_demo")),
+        label_smoothing=0.0,
+        frozen=True,
+    )
+
+
 def probe_demo() -> ProbeConfig:
     """kNN and linear probe of the demo's student on digits."""
     return ProbeConfig(weights=Path("runs/demo/dtm/student"), data=digits())

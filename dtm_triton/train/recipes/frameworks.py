@@ -24,29 +24,96 @@ from dtm_triton.train.config import (
 from dtm_triton.train.recipes.imagenet import CLIP, dtm_vit_base_patch16_in1k, image_folder, with_student
 
 
-def mae_pixels_vit_base() -> PretrainConfig:
-    """MAE (arXiv 2111.06377): a quarter of the patches seen, standardised pixels of the masked ones predicted."""
+def mae_vit_base() -> PretrainConfig:
+    """MAE (arXiv 2111.06377): a quarter of the patches seen, standardised pixels of the masked ones predicted.
+
+    Numbers are those of its released program for ViT-B.
+    """
     batch_size = 4096
     return PretrainConfig(
         method="mae",
         data=replace(image_folder(), crop_scale=(0.2, 1.0), colour_jitter=0.0),  # MAE: crop and flip only
         student=StudentConfig(
-            model="vit_base_patch16_224", patch_size=16
-        ),  # MAE's with learned positions; no drop path, no LayerScale
-        teacher=TeacherConfig(kind="pixels"),
-        decoder=DecoderConfig(width=512, depth=8, heads=16),
-        mask=MaskConfig(kind="random", masked=147),  # 75 % of 196
-        loss=LossConfig(morph=False, on="masked", kind="l2"),
+            model="vit_base_patch16_224",
+            patch_size=16,
+            positions="sincos",  # MAE: fixed sines and cosines
+        ),  # MAE: no drop path, no LayerScale
+        teacher=TeacherConfig(kind="pixels", standardise=True),  # MAE: every patch's own mean and deviation
+        decoder=DecoderConfig(width=512, depth=8, heads=16),  # MAE, for all sizes
+        mask=MaskConfig(kind="random", masked=147),  # MAE: 75 % of 196
+        loss=LossConfig(morph=False, on="masked", kind="l2"),  # MAE
         optimizer=OptimizerConfig(
-            lr=1.5e-4 * batch_size / 256, final_lr=0.0, warmup_epochs=40, betas=(0.9, 0.95), weight_decay=0.05
+            lr=1.5e-4 * batch_size / 256,  # MAE: base rate per 256 images
+            final_lr=0.0,  # MAE
+            warmup_epochs=40,  # MAE
+            betas=(0.9, 0.95),  # MAE
+            weight_decay=0.05,  # MAE
         ),
-        run=RunConfig(folder=Path("runs/mae"), epochs=400, batch_size=batch_size, evaluate_every=20),
+        run=RunConfig(
+            folder=Path("runs/mae"),
+            epochs=400,  # MAE and AMT: 400 and 800 are both reported
+            batch_size=batch_size,  # MAE
+            evaluate_every=20,  # ours
+        ),
     )
+
+
+def mae_vit_small() -> PretrainConfig:
+    """`mae_vit_base` with ViT-S: width 384, 6 heads; the same decoder. MAE has no such size, AMT neither."""
+    return _with_model(mae_vit_base(), "vit_small_patch16_224")
+
+
+def mae_vit_large() -> PretrainConfig:
+    """`mae_vit_base` with ViT-L: width 1024, 24 blocks, 16 heads; the same decoder."""
+    return _with_model(mae_vit_base(), "vit_large_patch16_224")
+
+
+def _with_model(base: PretrainConfig, model: str) -> PretrainConfig:
+    return replace(base, student=replace(base.student, model=model))
 
 
 def mae_clip_vit_base() -> PretrainConfig:
     """MAE that predicts CLIP's tokens with DTM's loss, over all tokens."""
-    return replace(mae_pixels_vit_base(), teacher=CLIP, loss=dtm_vit_base_patch16_in1k().loss)
+    return replace(mae_vit_base(), teacher=CLIP, loss=dtm_vit_base_patch16_in1k().loss)
+
+
+def simmim_vit_base() -> PretrainConfig:
+    """SimMIM (arXiv 2111.09886): pixels of random squares of 32 pixels from mask tokens, by one linear layer.
+
+    Numbers are those of its released configuration for ViT-B, but for the 200 epochs that AMT trains it.
+    """
+    batch_size = 2048
+    return PretrainConfig(
+        data=replace(image_folder(), crop_scale=(0.67, 1.0), colour_jitter=0.0),  # SimMIM
+        student=StudentConfig(
+            model="beit_base_patch16_224",  # SimMIM: BEiT's ViT-B
+            patch_size=16,  # SimMIM
+            drop_path=0.1,  # SimMIM
+            model_kwargs={
+                "init_values": 0.1,  # SimMIM: LayerScale
+                "use_abs_pos_emb": False,  # SimMIM
+                "use_rel_pos_bias": False,  # SimMIM
+                "use_shared_rel_pos_bias": True,  # SimMIM: one table for all blocks
+            },
+        ),
+        teacher=TeacherConfig(kind="pixels", standardise=False),  # SimMIM: pixels as the student sees them
+        mask=MaskConfig(kind="random", masked=120, unit=2),  # SimMIM: 30 of 49 squares, 60 % rounded up
+        loss=LossConfig(morph=False, on="masked", kind="l1"),  # SimMIM
+        optimizer=OptimizerConfig(
+            lr=1e-4 * batch_size / 512,  # SimMIM: base rate per 512 images
+            final_lr=5e-6 * batch_size / 512,  # SimMIM's for a cosine; its own 800 epochs divide by 10 after 700
+            warmup_epochs=10,  # SimMIM
+            betas=(0.9, 0.999),  # SimMIM
+            weight_decay=0.05,  # SimMIM
+            clip_norm=5.0,  # SimMIM
+        ),
+        run=RunConfig(
+            folder=Path("runs/simmim"),
+            epochs=200,  # AMT; SimMIM 800
+            batch_size=batch_size,  # SimMIM: 16 GPUs of 128
+            evaluate_every=10,  # ours
+        ),
+    )
 
 
 def maskfeat_vit_base() -> PretrainConfig:
