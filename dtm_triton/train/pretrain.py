@@ -23,7 +23,7 @@ from dtm_triton.train.engine.logbook import Metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import read_finished, write_finished
 from dtm_triton.train.models.export import export_student
-from dtm_triton.train.pictures import draw_run, draw_stage
+from dtm_triton.train.pictures import SHOWN, draw_run, draw_stage
 from dtm_triton.train.planning.budget import describe_budget
 
 
@@ -59,21 +59,27 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
         title=title,
     )
 
-    def shown_batch() -> Batch:
-        batch = trainer.batches[0]
+    def shown() -> Batch:
+        batch = trainer.batches.rows(0, 0, min(SHOWN, config.run.batch_size))
         if trainer.maps is not None:
             trainer.maps.add_to(batch)
         return batch
 
-    trainer.after_maps = lambda step: draw_stage(
-        config, objective, shown_batch(), folder / f"masks_step_{step:09d}.png", processes
-    )
+    def draw_masks(step: int) -> None:
+        path = folder / f"masks_step_{step:09d}.png"
+        try:
+            if processes.first:
+                draw_stage(config, objective, shown(), path, processes)
+        except OSError as error:  # a picture is no reason to end a run
+            print(f"picture {str(path)!r} cannot be drawn: {error}")
+
+    trainer.after_maps = draw_masks
     metrics = trainer.fit()
     network: Any = trainer.whole_network()
     if processes.first:
         notes = {"recipe": config.run.folder.name, **metrics}
         export_student(network, folder / "student", notes, mean=config.data.mean, std=config.data.std)
-    draw_run(config, objective, shown_batch(), processes)
+    draw_run(config, objective, shown(), processes)
     if processes.first:
         write_finished(folder, resolved, metrics)
     processes.wait()

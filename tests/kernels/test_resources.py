@@ -25,7 +25,14 @@ COMPILED = {
     "sm_90": [
         *("match-bf16-64", "match-bf16-196 *", "match-bf16-1024-all match", "match-other-fp32-196"),
         *("stream-4096-bf16 *", "stream-4096-fp32 partner", "merge-bf16", "weighted-merge-bf16", "unmerge-bf16"),
-        *("morph-few-bf16", "loss-bf16", "loss-standardized-wide-fp32", "loss-backward-bf16", "members", "sample-crops"),
+        *(
+            "morph-few-bf16",
+            "loss-bf16",
+            "loss-standardized-wide-fp32",
+            "loss-backward-bf16",
+            "members",
+            "sample-crops",
+        ),
     ],
     "sm_100": ["match-bf16-196 *", "stream-4096-bf16 partner", "loss-standardized-bf16"],
     "gfx942": ["match-bf16-196 *", "stream-4096-bf16 partner", "loss-bf16", "merge-few-fp32"],

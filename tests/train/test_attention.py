@@ -30,7 +30,10 @@ every_statistic = pytest.mark.parametrize("statistic", STATISTICS)
 FURTHER: dict[str, tuple[str, dict[str, Any]]] = {  # blocks and queries that only attention meets
     "eva-behind": ("eva02_tiny_patch14_224", {"use_post_norm": True}),
     "eva-queries-normed": ("vit_small_patch16_dinov3", {"qk_norm": True}),
-    "eva-shared-keys": ("vit_small_patch16_dinov3", {"num_kv_heads": 1, "qkv_fused": False, "attn_type": "rope"}),
+    "eva-shared-keys": (
+        "vit_small_patch16_dinov3",
+        {"num_heads": 6, "num_kv_heads": 2, "qkv_fused": False, "attn_type": "rope"},
+    ),
     "vit-behind": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock, "init_values": 0.5}),
     "vit-no-class-registers": ("vit_tiny_patch16_224", {"class_token": False, "reg_tokens": 2}),
     "eva-no-class": ("vit_pe_core_tiny_patch16_384", {"class_token": False}),
@@ -145,7 +148,7 @@ def test_networks_attend_as_their_backbones(family: str) -> None:
     for network in (student, autoencoder):
         plain: Any = timm.create_model(network.model_name, **network.create_kwargs)
         plain.load_state_dict(network.backbone_state_dict())
-        network.backbone.blocks[1].eval()
+        network.backbone.blocks[0].eval()
         before = {name: module.training for name, module in network.named_modules()}
         for statistic in STATISTICS:
             maps = network.attention(images(), statistic)

@@ -243,6 +243,7 @@ def test_bad_images(saved):
     assert torch.equal(
         teacher.attention(grey, "row_column"), teacher.attention(grey.expand(-1, 3, -1, -1), "row_column")
     )
+    assert not torch.equal(teacher.attention(grey, "row_column"), teacher.attention(grey))
 
 
 @pytest.mark.parametrize(("size", "patch", "channels"), [(12, 2, 1), ((12, 20), 4, 3), ((9, 6), 3, 2), (5, 1, 1)])

@@ -104,7 +104,8 @@ class PretrainConfig:
         check("attention.warmup_epochs", maps.warmup_epochs, maps.warmup_epochs < epochs, wanted)
         if maps.warmup_epochs:
             warmup = maps.warmup_masked
-            fine = (warmup >= 1 or self.loss.on == "all") and warmup < patches and warmup % mask.unit**2 == 0
+            on_all = self.loss.on == "all" and self.method != "beit_v2"
+            fine = (warmup >= 1 or on_all) and warmup < patches and warmup % mask.unit**2 == 0
             check(
                 "attention.warmup_masked",
                 warmup,

@@ -72,8 +72,11 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.run.accumulate)
-        first = (micro * self.processes.count + self.processes.rank) * self.size
-        wanted = self.order.rows(step, first, self.size)
+        return self.rows(step, (micro * self.processes.count + self.processes.rank) * self.size, self.size)
+
+    def rows(self, step: int, first: int, count: int) -> Batch:
+        """The rows first .. first + count - 1 of a step's global batch."""
+        wanted = self.order.rows(step, first, count)
         found = [self._load(number, step, first + row) for row, number in enumerate(wanted)]
         shown = torch.tensor([number for number, _ in found])
         asked = torch.tensor(wanted)
@@ -85,7 +88,7 @@ class MicroBatches(Dataset[Batch]):
             "skipped": torch.where(shown == asked, -1, asked),
         }
         for name, draw in self.draws.items():
-            batch[name] = draw_images(draw, self.run.seed, name, step, first, self.size)
+            batch[name] = draw_images(draw, self.run.seed, name, step, first, count)
         return batch
 
     def _load(self, number: int, step: int, row: int) -> tuple[int, Crop]:

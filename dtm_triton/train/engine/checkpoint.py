@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -65,21 +64,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode() + b"\n"))
 
 
-def link_file(source: Path, path: Path) -> None:
-    """A second name for a file; a copy where the file system has no links.
-
-    >>> import tempfile
-    >>> source = Path(tempfile.mkdtemp(), "a")
-    >>> write_text(source, "x")
-    >>> link_file(source, source.with_name("b")); source.with_name("b").samefile(source)
-    True
-    """
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
-
-
 def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
     """Complete a folder of safetensors files: `state.json`, everything on the disk, its final name.
 
@@ -89,7 +73,7 @@ def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
     for file in sorted([*unfinished.glob("*.safetensors"), *unfinished.glob(MAPS)]):
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
-        files[file.name] = [file.stat().st_size, _checksum(file)]
+        files[file.name] = [file.stat().st_size, checksum(file)]
     text = json.dumps({"files": files, **plain}, indent=1)
     write_text(unfinished / STATE, text)
     os.replace(unfinished, path)
@@ -121,7 +105,7 @@ def load_plain(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_bytes())
         for name, (size, checksum) in state["files"].items():
             file = path / name
-            if file.stat().st_size != size or _checksum(file) != checksum:
+            if file.stat().st_size != size or checksum(file) != checksum:
                 raise CheckpointError(f"checkpoint {str(path)!r} is damaged in {name!r}")
     except CheckpointError:
         raise
@@ -181,7 +165,8 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """Of a file's bytes."""
     value = 0
     with open(path, "rb") as file:
         while data := file.read(CHUNK):

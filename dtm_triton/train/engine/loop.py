@@ -102,7 +102,7 @@ class Trainer:
         """Called in all processes when maps have been made anew at a step."""
         if objective.maps is not None:
             grid = objective.network.grid
-            self.maps = RunMaps(objective.maps, images, grid, run.folder, processes, data.workers)
+            self.maps = RunMaps(objective.maps, images, grid, run.folder, processes, data.workers, self.skipped.limit)
         resume(self)
 
     def fit(self) -> Metrics:
@@ -142,15 +142,15 @@ class Trainer:
                 if end or improved or leaving or kept or self.step % run.checkpoint_every == 0:
                     self._save(saver, book, improved, f"end of epoch {epoch}" if kept else "")
                 if leaving and not end:
-                    if trouble := saver.finish():
-                        raise FolderError(f"stopped at step {self.step}; its {trouble}")
-                    self._leave(book, leaving)
+                    self._leave(book, leaving, saver.finish())
             agreement.finish()
             if trouble := saver.finish():
                 raise FolderError(f"the last {trouble}")
         return last
 
-    def _leave(self, book: Logbook, number: int) -> NoReturn:
+    def _leave(self, book: Logbook, number: int, trouble: str | None) -> NoReturn:
+        if trouble:
+            raise FolderError(f"stopped at step {self.step}; its {trouble}")
         book.say(f"{self.title.strip()}: stopped at step {self.step}, saved; the same command goes on from here")
         raise Stopped(number)
 
@@ -175,7 +175,8 @@ class Trainer:
         began = time.monotonic()
         if self.on_disk != self.step:
             self._save(saver, book, best=False, why="")
-        if trouble := saver.finish():
+        trouble = saver.finish()
+        if trouble:
             book.say(trouble)
 
         def attend(images: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class Trainer:
 
         def check() -> None:
             if number := leaving():
-                self._leave(book, number)
+                self._leave(book, number, trouble)
 
         self.maps.refresh(self.step, attend, check, book.say, go_on=self.resumed == self.step)
         self.after_maps(self.step)

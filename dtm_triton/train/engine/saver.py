@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dtm_triton.train.engine.checkpoint import MAPS, FolderError, link_file, saved_steps, seal, write_text
+from dtm_triton.train.engine.checkpoint import MAPS, FolderError, saved_steps, seal, write_text
 from dtm_triton.train.engine.distributed import Processes
 
 NEWEST = 2  # the newest, and the one before it in case the newest is damaged
@@ -66,7 +66,7 @@ class Saver:
 
         tensors: whole ones, equal in all processes, or shards (DTensor). plain: what JSON can hold. best: this is the
         best checkpoint so far. why: a reason never to remove it. beside: a file that
-        belongs to it, which nobody changes any more: it gets a second name there, or a copy where there are no links.
+        belongs to it, which nobody changes any more; the checkpoint gets a copy, whose damage harms no other one.
         """
         trouble = self.finish()
         path = self.folder / f"step_{step:09d}"
@@ -126,7 +126,7 @@ class Saver:
             getattr(written, "upload_completion", written).result()  # in the first process: all have written
             if self.processes.first:
                 if beside is not None:
-                    link_file(beside, unfinished / MAPS)
+                    shutil.copyfile(beside, unfinished / MAPS)
                 self._complete(unfinished, path, plain, best, why)
         except BaseException:
             if self.processes.first:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from dtm_triton.train.engine.checkpoint import FolderError, write_atomically
+from dtm_triton.train.engine.checkpoint import FolderError, checksum, write_atomically, write_text
 from dtm_triton.train.maps.store import MapStore
 
 BATCH = 128  # images that a network sees at once
@@ -47,13 +47,14 @@ class Chunks:
 
     def begin(self, go_on: bool) -> list[int] | None:
         """The numbers of the chunks that are missing; None when the whole file is there. Raises FolderError."""
-        done = go_on and _holds(self.path, (self.count, *self.grid), self.dtype)
+        done = go_on and _holds(self.path, (self.count, *self.grid), self.dtype) and _is_what_it_was(self.path)
         try:
             if (done or not go_on) and self.folder.exists():
                 shutil.rmtree(self.folder)
             if done:
                 return None
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, checksum_path(self.path)):
+                path.unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             # asked for by name, a network file system might remember for a while that a chunk is not there
             names = set(os.listdir(self.folder))
@@ -67,25 +68,33 @@ class Chunks:
         scaled = rows.mul(255).round() if self.dtype == np.uint8 else rows
         write_atomically(self._file(chunk), lambda file: np.save(file, scaled.numpy().astype(self.dtype)))
 
-    def join(self) -> int:
-        """Make the file of all chunks; returns the number of maps that are zero. Raises FolderError."""
+    def join(self, most_empty: int) -> int:
+        """Make the file of all chunks; returns the number of maps that are zero.
+
+        Raises FolderError when not all chunks are there, and when more than `most_empty` maps are zero: then the chunks
+        are removed, and the next start begins anew.
+        """
         if not all(map(self._there, self.numbers)):
             raise FolderError(
                 f"not all processes write to {str(self.folder)!r}: run.folder must be shared by all hosts"
             )
+        empty = sum(int((np.load(self._file(chunk)).max((1, 2)) == 0).sum()) for chunk in self.numbers)
+        if empty > most_empty:
+            shutil.rmtree(self.folder)
+            raise FolderError(
+                f"{empty} of {self.count} attention maps are empty, more than the {most_empty} that data.max_corrupt "
+                "allows: images cannot be read, or the network attends to all patches alike"
+            )
         shape = {"shape": (self.count, *self.grid), "fortran_order": False}
-        empty = 0
 
         def write(file: BinaryIO) -> None:
-            nonlocal empty
             np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(self.dtype), **shape})
             for chunk in self.numbers:
-                maps = np.load(self._file(chunk))
-                empty += int((maps.max((1, 2)) == 0).sum())
-                file.write(maps.tobytes())
+                file.write(np.load(self._file(chunk)).tobytes())
 
         try:
             write_atomically(self.path, write)
+            write_text(checksum_path(self.path), str(checksum(self.path)))
             shutil.rmtree(self.folder)
         except OSError as error:
             raise FolderError(f"attention maps cannot be written: {error}") from error
@@ -96,6 +105,18 @@ class Chunks:
 
     def _there(self, chunk: int) -> bool:
         return _holds(self._file(chunk), (len(self.images(chunk)), *self.grid), self.dtype)
+
+
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of a finished file lies: without it, or with another one, the file is made again."""
+    return path.with_suffix(".crc")
+
+
+def _is_what_it_was(path: Path) -> bool:
+    try:
+        return checksum_path(path).read_text().strip() == str(checksum(path))
+    except OSError:
+        return False
 
 
 def _holds(path: Path, shape: tuple[int, int, int], dtype: np.dtype) -> bool:

@@ -34,6 +34,7 @@ def refresh_maps(
     grid: tuple[int, int],
     dtype: str,
     workers: int,
+    most_empty: int,
     processes: Processes,
     go_on: bool,
     check: Callable[[], None],
@@ -48,12 +49,13 @@ def refresh_maps(
         grid: rows and columns of patches, N together.
         dtype: "uint8" or "float16".
         workers: processes that decode.
+        most_empty: maps that may be all zero: of images that cannot be read, or where attention is even.
         go_on: continue what an earlier call left, or take what it finished, instead of removing it.
         check: called between chunks, in all processes equally often; what it raises ends the work.
         say: told the progress, in the first process.
 
-    Raises FolderError when files cannot be written or are not seen by all processes, ValueError for weights of another
-    shape.
+    Raises FolderError when files cannot be written or are not seen by all processes, and for too many empty maps;
+    ValueError for weights of another shape.
     """
     chunks = Chunks(path, len(images.labels), grid, dtype)
     missing = processes.from_first(lambda: chunks.begin(go_on), FolderError)
@@ -74,7 +76,7 @@ def refresh_maps(
                 left = sum(len(chunks.images(chunk)) for chunk in missing[(turn + 1) * processes.count :])
                 say(f"attention maps: {chunks.count - left:,} of {chunks.count:,} images")
     processes.wait()
-    empty = processes.from_first(chunks.join, FolderError)
+    empty = processes.from_first(lambda: chunks.join(most_empty), FolderError)
     if processes.first:
         text = f"attention maps of {chunks.count:,} images made in {time.monotonic() - began:.0f} s"
         say(text + (f"; {empty:,} are empty: images that cannot be read, or even attention" if empty else ""))

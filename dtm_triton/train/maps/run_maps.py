@@ -12,8 +12,9 @@ from torch import Tensor
 from dtm_triton.train.config.attention import AttentionConfig
 from dtm_triton.train.data.batches import Batch
 from dtm_triton.train.data.images import Images
-from dtm_triton.train.engine.checkpoint import MAPS, FolderError, link_file
+from dtm_triton.train.engine.checkpoint import MAPS, FolderError
 from dtm_triton.train.engine.distributed import Processes
+from dtm_triton.train.maps.chunks import checksum_path
 from dtm_triton.train.maps.refresh import refresh_maps
 from dtm_triton.train.maps.store import MapStore
 
@@ -28,6 +29,7 @@ class RunMaps:
         folder: the run's.
         processes: all of them call `refresh` and `restore`.
         workers: processes that decode.
+        most_empty: images whose maps may be all zero.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class RunMaps:
         folder: Path,
         processes: Processes,
         workers: int,
+        most_empty: int,
     ) -> None:
         self.config, self.images, self.grid, self.workers = config, images, grid, workers
+        self.most_empty = most_empty
         self.folder, self.processes = folder / "maps", processes
         self.store: MapStore | None = None
 
@@ -72,6 +76,7 @@ class RunMaps:
             grid=self.grid,
             dtype=self.config.precision,
             workers=self.workers,
+            most_empty=self.most_empty,
             processes=self.processes,
             go_on=go_on,
             check=check,
@@ -81,7 +86,7 @@ class RunMaps:
         self.processes.wait()  # all have opened the new ones
         if self.processes.first:
             for other in self.folder.iterdir():
-                if other != path:
+                if other not in (path, checksum_path(path)):
                     shutil.rmtree(other) if other.is_dir() else other.unlink()
 
     def restore(self, checkpoint: Path) -> None:
@@ -106,13 +111,13 @@ class RunMaps:
         self._open(kept)
         try:
             for path in self.folder.glob("*.npy"):
-                if path.samefile(kept) or filecmp.cmp(path, kept, shallow=False):
+                if filecmp.cmp(path, kept, shallow=False):
                     return path
             self.folder.mkdir(parents=True, exist_ok=True)
             # not step_...: the name of a step tells that its maps were made, these are of an earlier one
             path = self.folder / f"of_{checkpoint.name}.npy"
             path.unlink(missing_ok=True)
-            link_file(kept, path)
+            shutil.copyfile(kept, path)
         except OSError as error:
             raise FolderError(f"maps {str(kept)!r} cannot be taken into {str(self.folder)!r}: {error}") from error
         return path

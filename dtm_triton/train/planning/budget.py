@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dtm_triton.train.build import build_network
-from dtm_triton.train.config import MaskConfig, PretrainConfig
+from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.models.autoencoder import MaskedAutoencoder
 from dtm_triton.train.models.student import CodeStudent, MaskedStudent, ProjectedStudent
 from dtm_triton.train.planning.sizes import target_features
@@ -52,32 +52,34 @@ def describe_budget(config: PretrainConfig, network: nn.Module) -> str:
     line, epochs = token_budget(config, network).describe(), config.attention.warmup_epochs
     if config.mask.kind != "attention" or not epochs:
         return line
-    plain = MaskConfig(kind="random", masked=config.attention.warmup_masked, unit=config.mask.unit)
-    before = token_budget(replace(config, mask=plain), network).describe()
+    before = token_budget(config, network, warming_up=True).describe()
     return f"{before}\nafter {epochs} epochs {line}"
 
 
-def token_budget(config: PretrainConfig, network: Any = None) -> Budget:
-    """The budget of a recipe, once there are attention maps if it waits for any.
+def token_budget(config: PretrainConfig, network: Any = None, *, warming_up: bool = False) -> Budget:
+    """The budget of a recipe.
 
     network: the recipe's if it is there, else one is built without values.
+    warming_up: before there are attention maps.
     """
-    data, mask = config.data, config.mask
+    data, masked, thrown = config.data, config.mask.masked, config.mask.thrown
+    if warming_up:
+        masked, thrown = config.attention.warmup_masked, 0
     student, decoder = replace(config.student, weights=None), None
     if network is None:
         with torch.device("meta"):
             network = _network(config, student)
     backbone: Any = network.backbone
     patches, prefix = network.grid[0] * network.grid[1], int(backbone.num_prefix_tokens)
-    kept = patches - mask.thrown
-    seen = prefix + kept - (mask.masked if config.method == "mae" else 0)
+    kept = patches - thrown
+    seen = prefix + kept - (masked if config.method == "mae" else 0)
     pixels = data.channels * student.patch_size**2
     encoder = 2 * patches * pixels * int(backbone.embed_dim) + _blocks(backbone.blocks, seen)
     if isinstance(network, MaskedAutoencoder):
         decoder = network.decoder
         rest = _linear([decoder.embed], seen) + _blocks(decoder.blocks, prefix + kept) + _linear([decoder.head], kept)
     elif config.method == "beit_v2":
-        rest = config.loss.num_schedules * _linear([network.head], mask.masked)
+        rest = config.loss.num_schedules * _linear([network.head], masked)
     elif config.method == "byol":  # every token, and their mean
         rest = _linear([network.head, network.predictor], kept + 1)
     else:
