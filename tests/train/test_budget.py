@@ -59,6 +59,14 @@ def test_blocks_of_another_build_are_counted(model: str, images: Path, tmp_path:
     assert token_budget(config).flops == counted(config)
 
 
+def test_no_student_is_refused_by_its_count(images: Path, tmp_path: Path) -> None:
+    """A model with further modules that have heads, such as those of its positions."""
+    config = shrink(recipes.PRETRAIN["maskfeat_vit_base"](), images, tmp_path)
+    kwargs = {**config.student.model_kwargs, "fc_norm": False}
+    config = replace(config, student=replace(config.student, model="vit_relpos_small_patch16_224", model_kwargs=kwargs))
+    assert 0 < token_budget(config).flops <= counted(config)
+
+
 @pytest.mark.parametrize(
     ("name", "encoder", "decoder"),
     [

@@ -114,11 +114,14 @@ def _blocks(blocks: Iterable[Any], tokens: int) -> int:
 
 
 def _attended(block: Any) -> int:
-    """Width of a block's attention, of several side by side their sum."""
-    parts: Any = [part for part in block.modules() if hasattr(part, "num_heads")]
-    return sum(
-        int(part.num_heads * part.head_dim if hasattr(part, "head_dim") else part.proj.in_features) for part in parts
-    )
+    """Width of a block's attention, of several side by side their sum; what is built in an unknown way counts as 0."""
+    width = 0
+    for part in block.modules():
+        if hasattr(part, "num_heads") and hasattr(part, "head_dim"):
+            width += int(part.num_heads * part.head_dim)
+        elif hasattr(part, "num_heads") and hasattr(part, "proj"):
+            width += int(part.proj.in_features)
+    return width
 
 
 def _linear(modules: list[nn.Module], tokens: int) -> int:
