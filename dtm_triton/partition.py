@@ -57,8 +57,12 @@ class Partition(NamedTuple):
     @property
     def mask(self) -> Tensor:
         """bool [B, N], True = masked."""
-        blank = torch.zeros(len(self.masked), self.patches, dtype=torch.bool, device=self.masked.device)
-        return blank.scatter(1, self.masked, True)
+        return self._marked(self.masked)
+
+    @property
+    def thrown_mask(self) -> Tensor:
+        """bool [B, N], True = thrown."""
+        return self._marked(self.thrown)
 
     @property
     def masked_among_kept(self) -> Tensor:
@@ -69,6 +73,10 @@ class Partition(NamedTuple):
     def visible_among_kept(self) -> Tensor:
         """Where the visible patches lie in `kept`, int64 [B, V]."""
         return self._before(self.visible)
+
+    def _marked(self, places: Tensor) -> Tensor:
+        blank = torch.zeros(len(places), self.patches, dtype=torch.bool, device=places.device)
+        return blank.scatter(1, places, True)
 
     def _before(self, places: Tensor) -> Tensor:
         """`places` [B, P] less the thrown patches in front of each."""

@@ -62,10 +62,20 @@ def gumbel_noise(seeds: Tensor, units: int) -> Tensor:
     >>> gumbel_noise(torch.tensor([1, 2]), 3)[1:].equal(gumbel_noise(torch.tensor([2]), 5)[:, :3])
     True
     """
-    numbers = torch.arange(1, units + 1, device=seeds.device)
-    bits = _mix(_mix(seeds + STEP)[:, None] + numbers * STEP)
-    uniform = ((_shifted(bits, 12)).to(torch.float64) + 0.5) * 2.0**-52  # above 0 and below 1, all 53 bits of it exact
+    bits = random_bits(_mix(seeds + STEP), units)
+    uniform = ((shifted(bits, 12)).to(torch.float64) + 0.5) * 2.0**-52  # above 0 and below 1, all 53 bits of it exact
     return -logarithm(-logarithm(uniform))
+
+
+def random_bits(seeds: Tensor, count: int) -> Tensor:
+    """`count` random int64 numbers for each of seeds int64 [B]: [B, count], functions of seed and place.
+
+    Splitmix64 (Steele, Lea and Flood, 2014) in wrapping arithmetic.
+
+    >>> random_bits(torch.tensor([1, 2]), 3)[1:].equal(random_bits(torch.tensor([2]), 5)[:, :3])
+    True
+    """
+    return _mix(seeds[:, None] + torch.arange(1, count + 1, device=seeds.device) * STEP)
 
 
 def logarithm(numbers: Tensor) -> Tensor:
@@ -96,11 +106,11 @@ def _quotient(numbers: Tensor, divisor: float) -> Tensor:
 def _mix(bits: Tensor) -> Tensor:
     """splitmix64's finalizer: every bit of the result hangs on every bit given."""
     for shift, factor in MIX:
-        bits = (bits ^ _shifted(bits, shift)) * factor
-    return bits ^ _shifted(bits, 31)
+        bits = (bits ^ shifted(bits, shift)) * factor
+    return bits ^ shifted(bits, 31)
 
 
-def _shifted(bits: Tensor, places: int) -> Tensor:
+def shifted(bits: Tensor, places: int) -> Tensor:
     """To the right, zeros from the left: int64's own shift repeats the sign."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 

@@ -111,7 +111,8 @@ def draw_reconstructions(
     path: Path | str,
     thrown: Tensor | None = None,
 ) -> Path:
-    """Images, what the student saw of them, and what it predicts in the masked patches' place: a row per image.
+    """Images, what the student saw of them (masked patches grey, thrown ones black), and what it predicts in the masked
+    patches' place: a row per image.
 
     Args:
         images: as in `draw_masks`.
@@ -137,8 +138,9 @@ def draw_reconstructions(
     for row, (image, predicted) in enumerate(both):
         masked, away = masks[row].view(grid), thrown[row].view(grid)
         canvas.show(axes[row][0], image)
-        _show_seen(axes[row][1], image, masked, away)
-        pasted = torch.where(canvas.to_pixels(masked, image.shape[-2:]), predicted, image)
+        hidden = canvas.to_pixels(masked, image.shape[-2:])
+        _show_seen(axes[row][1], image.masked_fill(hidden, 0.5), torch.zeros_like(masked), away)
+        pasted = torch.where(hidden, predicted, image)
         canvas.show(axes[row][2], pasted.masked_fill(canvas.to_pixels(away, image.shape[-2:]), 0.0))
     return canvas.save(figure, path)
 

@@ -56,7 +56,7 @@ def make_maps(path: Path, images: Images, processes: Processes | None = None, **
     settings: dict[str, Any] = dict(
         grid=GRID, dtype="uint8", workers=0, go_on=False, check=lambda: None, say=said.append, attend=brightness
     )
-    settings |= {"most_empty": len(images.labels), **changes}
+    settings |= {"most_unread": len(images.labels), **changes}
     before = chunks.BATCH, chunks.CHUNKS, chunks.LARGEST
     chunks.BATCH, chunks.CHUNKS, chunks.LARGEST = 4, 3, 2
     try:
@@ -110,7 +110,7 @@ def run_maps_of_several(processes: Processes, folder: Path) -> None:
     images = some_digits()
 
     def opened() -> RunMaps:
-        return RunMaps(AttentionConfig(), images, GRID, folder, processes, workers=0, most_empty=10)
+        return RunMaps(AttentionConfig(), images, GRID, folder, processes, workers=0, most_unread=10)
 
     maps, quiet = opened(), lambda *_: None
     maps.refresh(7, brightness, quiet, quiet, go_on=False)

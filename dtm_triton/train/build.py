@@ -41,6 +41,11 @@ def build_objective(config: PretrainConfig, processes: Processes) -> TokenObject
 def assemble(config: PretrainConfig, teacher: Any) -> TokenObjective:
     """The objective on a teacher, images in 0..1 -> [B, N, out_features] with that attribute; None for "ema"."""
     objective = _assemble(config, teacher)
+    if config.mask.thrown and objective.network.keep is None:
+        raise FolderError(
+            f"mask.thrown must be 0 for student.model {config.student.model!r}, which cannot leave patches (a "
+            f"VisionTransformer, Eva or Beit can), got {config.mask.thrown}"
+        )
     if config.mask.kind == "attention":
         try:
             check_attends(objective.attended)

@@ -44,7 +44,7 @@ def draw_run(config: PretrainConfig, objective: TokenObjective, batch: Batch, pr
     again = reconstruct(config, objective, pixels, partition) if config.teacher.kind == "pixels" else None
     if not processes.first:
         return
-    images, masks, thrown = drawable(pixels), partition.mask, thrown_mask(partition)
+    images, masks, thrown = drawable(pixels), partition.mask, partition.thrown_mask
     draw_curves(read_metrics(folder), folder / "curves.png")
     draw_masks(images, masks, grid, folder / "masks.png", thrown)
     if weights is not None:
@@ -77,7 +77,7 @@ def draw_stage(
     if not processes.first or weights is None:
         return
     grid = objective.network.grid
-    draw_maps(drawable(pixels), weights, grid, path, partition.mask, thrown_mask(partition))
+    draw_maps(drawable(pixels), weights, grid, path, partition.mask, partition.thrown_mask)
 
 
 def reconstruct(config: PretrainConfig, objective: TokenObjective, pixels: Tensor, partition: Partition) -> Tensor:
@@ -126,9 +126,3 @@ def _weights(
         grid = objective.network.grid
         weights = crop_weights(batch["map"], batch["place"], grid, flip=batch.get("flip"), crop=attention.crop)
     return None if weights is None else weights.float().nan_to_num(posinf=0.0).clamp(min=0)
-
-
-def thrown_mask(partition: Partition) -> Tensor | None:
-    """bool [B, N], None when nothing is thrown."""
-    blank = torch.zeros_like(partition.mask)
-    return blank.scatter(1, partition.thrown, True) if partition.thrown.shape[1] else None

@@ -98,7 +98,7 @@ def _report(config: PretrainConfig, processes: Processes) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(
             f"finished: {shown or 'nothing held out to evaluate'}\nin {config.run.folder}: student/ (timm weights), "
-            "curves.png, groups.png, masks.png, metrics.jsonl, tensorboard/, checkpoints/, config.json"
+            "pictures (*.png), metrics.jsonl, tensorboard/, checkpoints/, config.json"
         )
 
 

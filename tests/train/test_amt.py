@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from dtm_triton.losses import dtm_loss
 from dtm_triton.schedule import MorphSchedule
 from dtm_triton.train import recipes
-from dtm_triton.train.build import assemble
+from dtm_triton.train.build import assemble, build_network
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.masks import Masks
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.models.keeping import take
+from dtm_triton.train.models.student import MaskedStudent
 from dtm_triton.train.models.targets import ConvTargets
 from dtm_triton.train.models.teacher import ConvTeacher
 
@@ -218,3 +219,40 @@ def test_networks_that_cannot_attend_are_refused_before_anything_is_trained(sour
 def test_maps_that_never_come_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"attention\.warmup_epochs must be below run\.epochs 1, .* got 1"):
         attending(tmp_path, epochs=1)
+
+
+def test_students_that_cannot_leave_patches_are_refused(tmp_path: Path) -> None:
+    base = attending(tmp_path)
+    config = replace(
+        base,
+        method="masked",
+        student=replace(
+            base.student,
+            model="vit_relpos_small_patch16_224",
+            model_kwargs={**base.student.model_kwargs, "fc_norm": False},
+        ),
+        mask=replace(MASK, kind="random"),
+    )
+    with pytest.raises(FolderError, match=r"mask\.thrown must be 0 for student\.model 'vit_relpos_small.*got 12"):
+        attending_trainer(config)
+
+
+def test_fixed_positions_take_no_others(tmp_path: Path) -> None:
+    base = attending(tmp_path)
+    fixed = build_network(MaskedStudent, replace(base.student, positions="sincos"), base.data, out_features=4)
+    learned = build_network(MaskedStudent, base.student, base.data, out_features=4)
+    fixed.load_backbone_state_dict(fixed.backbone_state_dict())
+    with pytest.raises(ValueError, match="other positions than the student's fixed ones"):
+        fixed.load_backbone_state_dict(learned.backbone_state_dict())
+
+
+def test_live_maps_know_their_epoch_after_a_finished_run(tmp_path: Path) -> None:
+    """Pictures are drawn once more when a run ends between its last checkpoint and its last word."""
+    config = attending(tmp_path, "live", epochs=2)
+    attending_trainer(config).fit()
+    again = attending_trainer(config)
+    again.fit()
+    objective: Any = again.objective
+    batch = again.batches[0]
+    assert again.step == 22 and objective.epoch == 2
+    assert objective.partition(batch, augment(batch)).thrown.shape == (128, 12)

@@ -13,6 +13,7 @@ from processes import run_together
 
 from dtm_triton.train.config import AttentionConfig, RunConfig
 from dtm_triton.train.data.batches import MicroBatches
+from dtm_triton.train.data.decode import Crop
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.maps.run_maps import RunMaps
@@ -23,7 +24,7 @@ IMAGES = some_digits()
 
 def run_maps(folder: Path, grid: tuple[int, int] = GRID, images: int = 75, **changes: object) -> RunMaps:
     config = AttentionConfig(**changes)  # type: ignore[arg-type]
-    return RunMaps(config, some_digits(images), grid, folder, Processes(), workers=0, most_empty=10)
+    return RunMaps(config, some_digits(images), grid, folder, Processes(), workers=0, most_unread=10)
 
 
 def make(maps: RunMaps, step: int, go_on: bool = False, bright: bool = True) -> int:
@@ -165,9 +166,25 @@ def test_a_finished_file_that_has_changed_is_made_again(tmp_path: Path) -> None:
     assert make(run_maps(tmp_path), 40, go_on=True) == 0
 
 
-def test_too_many_empty_maps_end_the_run_and_leave_nothing_behind(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_end_the_run_and_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(number: int, seed: int | None) -> Crop:
+        raise OSError("stale file handle")
+
     maps = run_maps(tmp_path)
-    with pytest.raises(FolderError, match="75 of 75 attention maps are empty, more than the 10 that data.max_corrupt"):
-        maps.refresh(40, lambda rows: 0 * brightness(rows), lambda: None, lambda text: None, go_on=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(maps.images, "load", refuse)
+        with pytest.raises(
+            FolderError, match="75 of 75 images cannot be read for attention maps, more than the 10 that"
+        ):
+            make(maps, 40)
     assert os.listdir(tmp_path / "maps") == [] and maps.path is None
     assert make(maps, 40, go_on=True) > 0 and torch.equal(shown(maps), expected(IMAGES))
+
+
+def test_even_attention_is_no_unreadable_image(tmp_path: Path) -> None:
+    """Blank images, of which a network without positions says nothing: every patch weighs the same."""
+    maps = run_maps(tmp_path)
+    maps.refresh(40, lambda rows: 0 * brightness(rows), lambda: None, lambda text: None, go_on=False)
+    assert (shown(maps) == 255).all()

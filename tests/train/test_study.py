@@ -234,7 +234,7 @@ def test_an_untrained_student_is_probed_as_it_is(windows: Path, tmp_path: Path) 
 def test_results_of_another_design_are_refused(windows: Path, tmp_path: Path) -> None:
     folder = at_windows(windows, tmp_path / "study")
     run.run_arm(folder, "untrained", 0, small)
-    with pytest.raises(FolderError, match=r"run.epochs: 3 -> 20"):
+    with pytest.raises(FolderError, match=r"run.epochs: 3 -> 10"):
         run.run_arm(folder, "untrained", 0)
 
 

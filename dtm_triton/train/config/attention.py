@@ -35,6 +35,10 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         for name in ("warmup_epochs", "warmup_masked", "refresh_epochs"):
             check(f"attention.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        stored = self.maps == "stored"
+        check(
+            "attention.crop", self.crop, stored or self.crop == "exact", '"exact" for live maps, which are of the crop'
+        )
 
     def due(self, epoch: int) -> bool:
         """Whether stored maps are made anew when `epoch` epochs are done.

@@ -12,6 +12,7 @@ import random
 import torch
 from torch import Generator, Tensor
 
+from dtm_triton.sampling import random_bits, shifted
 from dtm_triton.train.data.mixing import inside_box
 
 AREA = (0.02, 1 / 3)  # smallest and largest share of the image: the paper's and timm's, as the next
@@ -62,23 +63,8 @@ class Erasing:
 def normal(seeds: Tensor, count: int) -> Tensor:
     """`count` normal numbers for each of seeds int64 [B]: float32 [B, count], functions of seed and place.
 
-    Splitmix64's hash (Steele, Lea and Flood, 2014) in wrapping 64-bit arithmetic, then the inverse error function.
-
     >>> normal(torch.tensor([1, 2, 1]), 3)[[0, 2]].diff(dim=0).abs().max().item()
     0.0
     """
-    x = seeds[:, None] + (1 + torch.arange(count, device=seeds.device)) * _signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shifted(x, shift)) * _signed(factor)
-    uniform = (_shifted(x ^ _shifted(x, 31), 64 - BITS) + 0.5) * 2.0 ** (1 - BITS) - 1
+    uniform = (shifted(random_bits(seeds, count), 64 - BITS) + 0.5) * 2.0 ** (1 - BITS) - 1
     return math.sqrt(2) * torch.erfinv(uniform)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """int64 shifted right, with zeros moving in."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """64 bits as an int64."""
-    return word - (1 << 64) if word >> 63 else word

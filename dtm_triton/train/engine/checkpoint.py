@@ -73,7 +73,7 @@ def seal(unfinished: Path, path: Path, plain: Mapping[str, Any]) -> None:
     for file in sorted([*unfinished.glob("*.safetensors"), *unfinished.glob(MAPS)]):
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
-        files[file.name] = [file.stat().st_size, checksum(file)]
+        files[file.name] = [file.stat().st_size, checksum_of(file)]
     text = json.dumps({"files": files, **plain}, indent=1)
     write_text(unfinished / STATE, text)
     os.replace(unfinished, path)
@@ -103,14 +103,16 @@ def load_plain(path: Path) -> dict[str, Any]:
     """The plain values of a checkpoint. Raises CheckpointError when it is damaged or of another kind."""
     try:
         state = json.loads((path / STATE).read_bytes())
-        for name, (size, checksum) in state["files"].items():
-            file = path / name
-            if file.stat().st_size != size or checksum(file) != checksum:
-                raise CheckpointError(f"checkpoint {str(path)!r} is damaged in {name!r}")
-    except CheckpointError:
-        raise
+        files = [(path / name, int(size), int(value)) for name, (size, value) in state["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+    for file, size, value in files:
+        try:
+            fine = file.stat().st_size == size and checksum_of(file) == value
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
+        if not fine:
+            raise CheckpointError(f"checkpoint {str(path)!r} is damaged in {file.name!r}")
     if not isinstance(state.get("step"), int):
         raise CheckpointError(f"checkpoint {str(path)!r} is not one of a training run")
     return state
@@ -165,7 +167,7 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
 
 
-def checksum(path: Path) -> int:
+def checksum_of(path: Path) -> int:
     """Of a file's bytes."""
     value = 0
     with open(path, "rb") as file:

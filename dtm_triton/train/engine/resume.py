@@ -36,6 +36,7 @@ def resume(trainer: Any) -> None:
         trainer.maps.restore(path)
     trainer.step = trainer.on_disk = trainer.resumed = state["step"]
     trainer.best = -math.inf if state["best"] is None else state["best"]
+    trainer.objective.epoch = trainer.step // trainer.batches.steps_per_epoch
     trainer.averages.restore(state)
     trainer.watch.usual.copy_(torch.tensor(state["usual_loss"]))
     trainer.skipped.known.update(state["skipped"])

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from dtm_triton.train.engine.checkpoint import FolderError, checksum, write_atomically, write_text
+from dtm_triton.train.engine.checkpoint import FolderError, checksum_of, write_atomically, write_text
 from dtm_triton.train.maps.store import MapStore
 
 BATCH = 128  # images that a network sees at once
@@ -68,22 +68,22 @@ class Chunks:
         scaled = rows.mul(255).round() if self.dtype == np.uint8 else rows
         write_atomically(self._file(chunk), lambda file: np.save(file, scaled.numpy().astype(self.dtype)))
 
-    def join(self, most_empty: int) -> int:
-        """Make the file of all chunks; returns the number of maps that are zero.
+    def join(self, most_unread: int) -> int:
+        """Make the file of all chunks; returns the number of maps that are zero: those of unreadable images.
 
-        Raises FolderError when not all chunks are there, and when more than `most_empty` maps are zero: then the chunks
-        are removed, and the next start begins anew.
+        Raises FolderError when not all chunks are there, and when more than `most_unread` maps are zero: then the
+        chunks are removed, and the next start begins anew.
         """
         if not all(map(self._there, self.numbers)):
             raise FolderError(
                 f"not all processes write to {str(self.folder)!r}: run.folder must be shared by all hosts"
             )
-        empty = sum(int((np.load(self._file(chunk)).max((1, 2)) == 0).sum()) for chunk in self.numbers)
-        if empty > most_empty:
+        unread = sum(int((np.load(self._file(chunk)).max((1, 2)) == 0).sum()) for chunk in self.numbers)
+        if unread > most_unread:
             shutil.rmtree(self.folder)
             raise FolderError(
-                f"{empty} of {self.count} attention maps are empty, more than the {most_empty} that data.max_corrupt "
-                "allows: images cannot be read, or the network attends to all patches alike"
+                f"{unread} of {self.count} images cannot be read for attention maps, more than the {most_unread} that "
+                "data.max_corrupt allows"
             )
         shape = {"shape": (self.count, *self.grid), "fortran_order": False}
 
@@ -94,11 +94,11 @@ class Chunks:
 
         try:
             write_atomically(self.path, write)
-            write_text(checksum_path(self.path), str(checksum(self.path)))
+            write_text(checksum_path(self.path), str(checksum_of(self.path)))
             shutil.rmtree(self.folder)
         except OSError as error:
             raise FolderError(f"attention maps cannot be written: {error}") from error
-        return empty
+        return unread
 
     def _file(self, chunk: int) -> Path:
         return self.folder / f"{chunk:06d}.npy"
@@ -114,7 +114,7 @@ def checksum_path(path: Path) -> Path:
 
 def _is_what_it_was(path: Path) -> bool:
     try:
-        return checksum_path(path).read_text().strip() == str(checksum(path))
+        return checksum_path(path).read_text().strip() == str(checksum_of(path))
     except OSError:
         return False
 

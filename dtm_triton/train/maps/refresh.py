@@ -34,7 +34,7 @@ def refresh_maps(
     grid: tuple[int, int],
     dtype: str,
     workers: int,
-    most_empty: int,
+    most_unread: int,
     processes: Processes,
     go_on: bool,
     check: Callable[[], None],
@@ -49,13 +49,13 @@ def refresh_maps(
         grid: rows and columns of patches, N together.
         dtype: "uint8" or "float16".
         workers: processes that decode.
-        most_empty: maps that may be all zero: of images that cannot be read, or where attention is even.
+        most_unread: images that may be unreadable; more end the work.
         go_on: continue what an earlier call left, or take what it finished, instead of removing it.
         check: called between chunks, in all processes equally often; what it raises ends the work.
         say: told the progress, in the first process.
 
-    Raises FolderError when files cannot be written or are not seen by all processes, and for too many empty maps;
-    ValueError for weights of another shape.
+    Raises FolderError when files cannot be written or are not seen by all processes, and for too many unreadable
+    images; ValueError for weights of another shape.
     """
     chunks = Chunks(path, len(images.labels), grid, dtype)
     missing = processes.from_first(lambda: chunks.begin(go_on), FolderError)
@@ -76,10 +76,10 @@ def refresh_maps(
                 left = sum(len(chunks.images(chunk)) for chunk in missing[(turn + 1) * processes.count :])
                 say(f"attention maps: {chunks.count - left:,} of {chunks.count:,} images")
     processes.wait()
-    empty = processes.from_first(lambda: chunks.join(most_empty), FolderError)
+    unread = processes.from_first(lambda: chunks.join(most_unread), FolderError)
     if processes.first:
         text = f"attention maps of {chunks.count:,} images made in {time.monotonic() - began:.0f} s"
-        say(text + (f"; {empty:,} are empty: images that cannot be read, or even attention" if empty else ""))
+        say(text + (f"; {unread:,} cannot be read, their maps are empty" if unread else ""))
 
 
 class WholeBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -122,7 +122,7 @@ def _attend_chunk(
 
 
 def _scaled(maps: Tensor) -> Tensor:
-    """Maps [n, N] with a largest weight of 1, or all zero; what is not finite, or below zero, is zero."""
+    """Maps [n, N] with a largest weight of 1; what is not finite, or below zero, is zero; of zeros alone, all ones."""
     maps = maps.nan_to_num(0, 0, 0).clamp_(min=0)
     largest = maps.amax(1, keepdim=True)
-    return maps / largest.where(largest > 0, 1)
+    return torch.where(largest > 0, maps / largest, 1.0)

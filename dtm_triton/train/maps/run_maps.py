@@ -29,7 +29,7 @@ class RunMaps:
         folder: the run's.
         processes: all of them call `refresh` and `restore`.
         workers: processes that decode.
-        most_empty: images whose maps may be all zero.
+        most_unread: images that may be unreadable.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class RunMaps:
         folder: Path,
         processes: Processes,
         workers: int,
-        most_empty: int,
+        most_unread: int,
     ) -> None:
         self.config, self.images, self.grid, self.workers = config, images, grid, workers
-        self.most_empty = most_empty
+        self.most_unread = most_unread
         self.folder, self.processes = folder / "maps", processes
         self.store: MapStore | None = None
 
@@ -76,7 +76,7 @@ class RunMaps:
             grid=self.grid,
             dtype=self.config.precision,
             workers=self.workers,
-            most_empty=self.most_empty,
+            most_unread=self.most_unread,
             processes=self.processes,
             go_on=go_on,
             check=check,

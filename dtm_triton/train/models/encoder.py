@@ -81,7 +81,8 @@ class Encoder(nn.Module):
         _check_backbone(model, backbone)
         self.backbone = backbone
         self.keep = keep_patches(backbone)
-        if positions == "sincos":
+        self.fixed_positions = positions == "sincos"
+        if self.fixed_positions:
             _fix_positions(model, backbone)
 
     def init_weights(self) -> None:
@@ -213,10 +214,17 @@ class Encoder(nn.Module):
             renamed[re.sub(r"^patch_embed\.", "patch_embed.embed.", name) if wrapped else name] = value
         if wrapped:
             renamed[MASK_TOKEN] = state.get("mask_token", own[MASK_TOKEN]).flatten()
+        if self.fixed_positions and not _alike(renamed.get("pos_embed"), own["pos_embed"]):
+            raise ValueError("state holds other positions than the student's fixed ones: positions must be 'learned'")
         try:
             self.backbone.load_state_dict(renamed, strict=True)
         except RuntimeError as misfit:
             raise ValueError(f"state does not fit student {self.model_name!r}: {misfit}") from misfit
+
+
+def _alike(table: Tensor | None, own: Tensor) -> bool:
+    """Whether a table of positions is the own one; one that does not fit at all is another matter."""
+    return table is None or table.shape != own.shape or torch.allclose(table.to(own), own, atol=1e-3)
 
 
 def _check_model(model: str, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def describe_budget(config: PretrainConfig, network: nn.Module) -> str:
     if config.mask.kind != "attention" or not epochs:
         return line
     before = token_budget(config, network, warming_up=True).describe()
-    return f"{before}\nafter {epochs} epochs {line}"
+    return f"{before}\nafter {epochs} epoch{'s' if epochs > 1 else ''} {line}"
 
 
 def token_budget(config: PretrainConfig, network: Any = None, *, warming_up: bool = False) -> Budget:

@@ -23,7 +23,7 @@ from dtm_triton.train.engine.logbook import read_metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import refuse_changes
 from dtm_triton.train.objectives.tokens import TokenObjective
-from dtm_triton.train.pictures import draw_stage, drawable, first_images, reconstruct, thrown_mask
+from dtm_triton.train.pictures import draw_stage, drawable, first_images, reconstruct
 from dtm_triton.train.probe import probe
 from dtm_triton.train.study.design import configure
 from dtm_triton.visualize import draw_reconstructions
@@ -121,7 +121,7 @@ def _draw_end(config: PretrainConfig, objective: TokenObjective, batch: Batch, p
     partition = objective.partition(batch, pixels)
     again = reconstruct(config, objective, pixels, partition)
     draw_reconstructions(
-        drawable(pixels), drawable(again), partition.mask, objective.network.grid, path, thrown_mask(partition)
+        drawable(pixels), drawable(again), partition.mask, objective.network.grid, path, partition.thrown_mask
     )
 
 
