@@ -48,7 +48,8 @@ workers=$($PYTHON -c "import xdist" 2> /dev/null && echo "-n 6")
 # shellcheck disable=SC2086  # no workers, no words
 step tests 160 tests.log $PYTHON -m pytest -q -p no:cacheprovider -rfE --durations 5 $workers tests/gpu tests \
   --ignore tests/train --ignore tests/measure --ignore tests/kernels/test_resources.py \
-  --ignore tests/tiny.py --ignore tests/processes.py --ignore tests/killing.py \
+  --ignore tests/tiny.py --ignore tests/processes.py --ignore tests/killing.py --ignore tests/attending.py \
+  --ignore tests/attended.py --ignore tests/families.py --ignore tests/finetuned.py --ignore tests/shrunk.py \
   --ignore tests/test_architecture.py --ignore tests/test_readme.py
 if sanitizer=$(command -v compute-sanitizer); then
   step "small calls" 40 tests.log $PYTHON -m dtm_triton.measure.small_calls # compiles what the checkers run

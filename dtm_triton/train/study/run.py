@@ -113,7 +113,9 @@ def _train(
         trainer.fit()
         if seed == PICTURED and config.teacher.kind == "pixels":
             _draw_end(config, objective, shown(), pictures / f"{file_name(name)}_reconstructions.png")
-    return float(read_metrics(config.run.folder)[-1]["loss"])
+    return [float(row["loss"]) for row in read_metrics(config.run.folder) if "loss" in row][
+        -1
+    ]  # digits are evaluated last
 
 
 def _draw_end(config: PretrainConfig, objective: TokenObjective, batch: Batch, path: Path) -> None:
