@@ -133,7 +133,7 @@ def test_spoilt_maps_spoil_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_stop_during_maps_is_not_called_saved_when_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint before the maps could not be written: the last word is its trouble."""
-    trainer = attending_trainer(attending(tmp_path))
+    trainer = attending_trainer(attending(tmp_path, checkpoint_every=100))
     attend = trainer.objective.attend
 
     def signalled(images: Any) -> Any:

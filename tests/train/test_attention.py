@@ -121,8 +121,7 @@ def expected_map(model: Any, statistic: str) -> Tensor:
 def test_maps_are_those_of_timms_softmax(family: str, statistic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "ROWS", 7)  # no divisor of the tokens
     model = build(family)
-    expected = expected_map(model, statistic)
-    found = attention_map(model, images(), statistic)
+    expected, found = expected_map(model, statistic), attention_map(model, images(), statistic)
     assert found.shape == (3, PATCHES) and found.dtype == torch.float32 and not found.requires_grad
     assert expected.std() > 0.05 * expected.mean(), "a map with something in it"
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=2e-5 if statistic == "row_column" else 1e-4)
@@ -292,13 +291,10 @@ def test_shards_attend_as_whole_weights(tmp_path: Path) -> None:
         (("vit_tiny_patch16_224", {"attn_layer": "diff", "num_heads": 2}), "one plain attention, got Block"),
     ],
 )
-def test_other_models(model: Any, message: str) -> None:
+def test_other_models_and_statistics(model: Any, message: str) -> None:
     if isinstance(model, tuple):
         model = timm.create_model(model[0], img_size=(12, 8), patch_size=2, **{**SMALL, **model[1]})
     with pytest.raises(ValueError, match=message):
         attention_map(model, images())
-
-
-def test_other_statistics() -> None:
     with pytest.raises(ValueError, match="statistic must be one of .* got 'column'"):
-        attention_map(build("vit"), images(), "column")  # type: ignore[arg-type]
+        attention_map(model, images(), "column")  # type: ignore[arg-type]

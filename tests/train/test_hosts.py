@@ -66,7 +66,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def pretraining(folder: Path) -> list[str]:
-    run = dict(folder=folder, epochs=4, batch_size=64, checkpoint_every=3, log_every=1, threads=1, timeout_minutes=0.2)
+    run = dict(folder=folder, epochs=10, batch_size=64, checkpoint_every=3, log_every=1, threads=1, timeout_minutes=0.2)
     options = [f"--run.{name.replace('_', '-')}={value}" for name, value in run.items()]
     options += ["--teacher.kind=pixels", "--loss.max-iterations=3", "--student.model-kwargs.depth=1"]
     return [str(ROOT / "train" / "pretrain.py"), "--recipe=demo", *options]
@@ -106,8 +106,8 @@ def test_a_host_vanishes_and_comes_back(hosts: Hosts, tmp_path: Path) -> None:
     wait(lambda: None not in hosts.do("codes").values(), 180, outputs[0])
     assert hosts.do("codes") == {"0": 0, "1": 0}, outputs[0].read_text()[-6000:]
     text = outputs[0].read_text() + outputs[1].read_text()
-    begun = [int(step) for step in re.findall(r"goes on from step (\d+) of 88", text)]
+    begun = [int(step) for step in re.findall(r"goes on from step (\d+) of 220", text)]
     assert "processes: 1 -> 2" in text, text[-6000:]
     assert min(begun) >= newest["step"], "nobody began anew"
     rows = [row["step"] for row in read_metrics(folder) if "loss" in row]
-    assert rows == list(range(1, 89)) and (folder / "finished.json").is_file()
+    assert rows == list(range(1, 221)) and (folder / "finished.json").is_file()

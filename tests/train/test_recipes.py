@@ -49,7 +49,7 @@ def test_recipe_trains_and_evaluates(name: str, images: Path, tmp_path: Path) ->
     still = [key for key in trained if torch.equal(before[key], after[key])]
     assert still == ([] if config.mask.masked else ["backbone.patch_embed.mask_token"])
     stored = config.mask.kind == "attention" and config.attention.maps == "stored"
-    assert [path.name for path in (tmp_path / "maps").glob("*")] == (["step_000000002.npy"] if stored else [])
+    assert [path.name for path in (tmp_path / "maps").glob("*.npy")] == (["step_000000002.npy"] if stored else [])
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -74,7 +74,7 @@ def test_a_stopped_run_ends_with_the_same_bits(name: str, images: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["data2vec_vit_base", "mae_clip_vit_base", "amt_mae_vit_base", "amt_simmim_vit_base"])
 def test_the_whole_command_exports_plain_timm_weights(name: str, images: Path, tmp_path: Path) -> None:
-    config = shrunk(name, images, tmp_path, epochs=1)
+    config = shrunk(name, images, tmp_path, epochs=2 if "amt" in name else 1)  # maps come after the first epoch
     pretrain(config, Processes())
     for file in ("curves.png", "masks.png", "groups.png", "finished.json"):
         assert (tmp_path / file).is_file(), file

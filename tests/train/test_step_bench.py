@@ -78,15 +78,15 @@ def test_masks_have_maps_and_follow_them(tmp_path: Path, monkeypatch: pytest.Mon
     def watched(config: PretrainConfig, processes: Any) -> Trainer:
         trainer = ready(config, processes)
         name = f"{config.method} {config.mask.thrown}"
-        partition = trainer.objective.partition  # type: ignore[operator]
+        look = trainer.objective.look  # type: ignore[operator]
 
         def noted(batch: Any, images: Any) -> Any:
-            found = partition(batch, images)
+            targets, found = look(batch, images)
             assert ("map" in batch) == (config.mask.kind == "attention" and config.attention.maps == "stored")
             seen.setdefault(name, []).append(found.thrown.shape[1])
-            return found
+            return targets, found
 
-        trainer.objective.partition = noted  # type: ignore[assignment]
+        trainer.objective.look = noted  # type: ignore[assignment]
         return trainer
 
     monkeypatch.setattr(step_bench, "_trainer", watched)
