@@ -21,6 +21,7 @@ from dtm_triton.train.build import assemble, build_network
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.masks import Masks
 from dtm_triton.train.engine.checkpoint import FolderError
+from dtm_triton.train.models.average import frozen_copy
 from dtm_triton.train.models.keeping import take
 from dtm_triton.train.models.student import MaskedStudent
 from dtm_triton.train.models.targets import ConvTargets
@@ -202,9 +203,15 @@ def test_beit_v2_throws_too(tmp_path: Path) -> None:
     objective: Any = assemble(config, ConvTargets(ConvTeacher((12, 12), 2, in_chans=1, out_features=8)))
     batch = warm(attending_trainer(attending(tmp_path)))
     objective.epoch = 1
+    objective.ema = frozen_copy(objective.network)
+    before = objective.ema.backbone.cls_token.clone()
     found = objective(batch)
     found["loss"].backward()
+    with torch.no_grad():
+        objective.network.backbone.cls_token.add_(1)
     assert found["loss"].isfinite() and objective.codebook.new_counts.sum() == 2 * 128 * 16
+    objective.after_step(0.5)
+    assert not torch.equal(objective.ema.backbone.cls_token, before), "an average that attends follows here too"
 
 
 @pytest.mark.parametrize("source", ["student", "ema"])

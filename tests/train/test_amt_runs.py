@@ -51,6 +51,23 @@ def test_maps_are_made_when_they_are_due_and_lie_beside_weights(calm: Path) -> N
         assert kept.read_bytes() == used.read_bytes() and not kept.samefile(used), "damage in one harms no other"
 
 
+def test_batches_come_with_the_maps_of_their_images(tmp_path: Path) -> None:
+    trainer = attending_trainer(attending(tmp_path, epochs=2))
+    objective: Any = trainer.objective
+    forward, seen = objective.masks.forward, []
+
+    def noted(batch: Any, attended: Any = None) -> Any:
+        stored = trainer.maps.store if trainer.maps is not None else None
+        seen.append("map" in batch)
+        if "map" in batch:
+            assert stored is not None and (batch["map"] == stored.rows(batch["number"])).all()
+        return forward(batch, attended)
+
+    objective.masks.forward = noted
+    trainer.fit()
+    assert seen == [False] * 11 + [True] * 11
+
+
 def test_a_checkpoint_brings_its_maps(calm: Path, tmp_path: Path) -> None:
     """Also where the run's own folder of maps is lost, and with the older maps when it is older."""
     train_attending(Processes(), tmp_path, "mae", stop=15)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtm_triton.attention_masking import ORDER, attention_partition
 from dtm_triton.masking import block_cover, block_rounds
+from dtm_triton.train.config.attention import AttentionConfig
 from dtm_triton.train.config.model import MaskConfig
 from dtm_triton.train.data.draws import draw_images
 from dtm_triton.train.data.masks import Masks
@@ -95,3 +97,25 @@ def test_more_masks_than_patches() -> None:
         ValueError, match="mask.masked and mask.thrown must be at most 36 together, the patches, got 37"
     ):
         Masks(MaskConfig(kind="random", masked=30, thrown=7), (6, 6))
+
+
+def test_every_setting_reaches_the_draw() -> None:
+    """What the configuration says of masks that follow attention is what the library is asked for."""
+    settings = {"temperature": 0.5, "uniform": 0.2, "order": ("thrown", "visible", "masked"), "unit": 2}
+    config = MaskConfig(kind="attention", masked=16, thrown=8, **settings)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(64, 4, generator=generator, dtype=torch.float64).sort(1).values
+    batch = {
+        "mask": torch.arange(64),
+        "map": torch.rand(64, 5, 3, generator=generator) ** 4,
+        "place": corners[:, [0, 1, 2, 3]],
+        "flip": torch.arange(64) % 2 == 0,
+    }
+    for crop in ("exact", "released"):
+        maps = AttentionConfig(crop=crop)  # type: ignore[arg-type]
+        found = Masks(config, (6, 8), maps)(batch)
+        given = batch["map"], batch["place"], batch["mask"], (6, 8), 16, 8
+        wanted = {"flip": batch["flip"], "crop": crop, **settings}
+        assert same(found, attention_partition(*given, **wanted))
+        for name, other in (("flip", None), ("temperature", 1.0), ("uniform", 0.0), ("order", ORDER)):
+            assert not same(found, attention_partition(*given, **{**wanted, name: other})), name
