@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from shrunk import shrunk_trainer
 from tiny import stop_at, tiny_config
 
-from dtm_triton.train.build import build_objective
 from dtm_triton.train.config import (
     AttentionConfig,
     DecoderConfig,
@@ -19,7 +19,6 @@ from dtm_triton.train.config import (
     MaskConfig,
     PretrainConfig,
     TeacherConfig,
-    to_json,
 )
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
@@ -72,26 +71,13 @@ def attending(folder: Path, stage: str = "mae", **run: Any) -> PretrainConfig:
     return replace(base, **fields)
 
 
-def attending_trainer(config: PretrainConfig, processes: Processes | None = None) -> Trainer:
-    processes = processes or Processes()
-    return Trainer(
-        build_objective(config, processes),
-        data=config.data,
-        optimizer=config.optimizer,
-        run=config.run,
-        processes=processes,
-        resolved=to_json(config),
-        title="attending",
-    )
-
-
 def train_attending(
     processes: Processes, folder: Path, stage: str, stop: int | None = None, changes: dict[str, Any] | None = None
 ) -> None:
     """A whole run, or one that is told to stop in the middle of a step."""
     config = attending(folder, stage, **(changes or {}))
     config = replace(config, loss=replace(config.loss, shared_schedules=True))
-    trainer = attending_trainer(config, processes)
+    trainer = shrunk_trainer(config, processes)
     if stop is None:
         trainer.fit()
         return

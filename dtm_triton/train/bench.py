@@ -30,16 +30,15 @@ from dtm_triton.measure.render_training import readable
 from dtm_triton.measure.train_record import TrainRecord
 from dtm_triton.train import recipes
 from dtm_triton.train.benchmark.flops import count_flops
-from dtm_triton.train.benchmark.inputs import describe_inputs, past_warm_up, without_network
+from dtm_triton.train.benchmark.inputs import benchmark_trainer, describe_inputs, without_network
 from dtm_triton.train.benchmark.repetitions import Repetitions
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import run_command
-from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.data.augment import augment
 from dtm_triton.train.data.batches import MicroBatches, training_loader
 from dtm_triton.train.data.images import open_images
 from dtm_triton.train.engine.distributed import Processes
-from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.objectives.pretraining import Pretraining
 
 EPOCHS = 10_000  # a run that does not come to its end
@@ -89,16 +88,7 @@ def measure(
         except ValueError as error:
             sys.exit(f"dtm-train-bench: --dtm does not fit {name!r}: {error}")
     student_flops, teacher_flops = count_operations(objective, config, processes)
-    trainer = Trainer(
-        objective,
-        data=config.data,
-        optimizer=config.optimizer,
-        run=config.run,
-        processes=processes,
-        resolved=to_json(config),
-        title="benchmark",
-    )
-    past_warm_up(trainer)
+    trainer = benchmark_trainer(objective, config, processes)
     dtype = torch.bfloat16 if config.run.half_precision(processes.device) else torch.float32
     rates = measure_ceilings(processes.device, CEILING_SECONDS, (dtype,)).matrix_tflop_s
     start = time.monotonic()

@@ -16,7 +16,6 @@ from dtm_triton.train import recipes
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import parse, run_command
 from dtm_triton.train.config import PretrainConfig, to_json
-from dtm_triton.train.data.batches import Batch
 from dtm_triton.train.engine.checkpoint import FolderError
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.logbook import Metrics
@@ -59,17 +58,11 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
         title=title,
     )
 
-    def shown() -> Batch:
-        batch = trainer.batches.rows(0, 0, min(SHOWN, config.run.batch_size))
-        if trainer.maps is not None:
-            trainer.maps.add_to(batch)
-        return batch
-
     def draw_masks(step: int) -> None:
         path = folder / f"masks_step_{step:09d}.png"
         try:
             if processes.first:
-                draw_stage(config, objective, shown(), path, processes)
+                draw_stage(config, objective, trainer.first_rows(SHOWN), path, processes)
         except OSError as error:  # a picture is no reason to end a run
             print(f"picture {str(path)!r} cannot be drawn: {error}")
 
@@ -79,7 +72,7 @@ def pretrain(config: PretrainConfig, processes: Processes, title: str = "pre-tra
     if processes.first:
         notes = {"recipe": config.run.folder.name, **metrics}
         export_student(network, folder / "student", notes, mean=config.data.mean, std=config.data.std)
-    draw_run(config, objective, shown(), processes)
+    draw_run(config, objective, trainer.first_rows(SHOWN), processes)
     if processes.first:
         write_finished(folder, resolved, metrics)
     processes.wait()

@@ -26,11 +26,11 @@ from dtm_triton.measure.machine import describe
 from dtm_triton.measure.render_steps import readable_steps
 from dtm_triton.measure.step_record import StepRecord, StepRow
 from dtm_triton.train import recipes
-from dtm_triton.train.benchmark.inputs import describe_inputs, past_warm_up, without_network
+from dtm_triton.train.benchmark.inputs import benchmark_trainer, describe_inputs, without_network
 from dtm_triton.train.benchmark.turns import LOADED, Turns
 from dtm_triton.train.build import build_objective
 from dtm_triton.train.command_line import run_command
-from dtm_triton.train.config import PretrainConfig, to_json
+from dtm_triton.train.config import PretrainConfig
 from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.planning.budget import token_budget
@@ -108,17 +108,7 @@ def _chosen(config: PretrainConfig, options: argparse.Namespace, batch: int) -> 
 
 
 def _trainer(config: PretrainConfig, processes: Processes) -> Trainer:
-    trainer = Trainer(
-        build_objective(config, processes),
-        data=config.data,
-        optimizer=config.optimizer,
-        run=config.run,
-        processes=processes,
-        resolved=to_json(config),
-        title="benchmark",
-    )
-    past_warm_up(trainer)
-    return trainer
+    return benchmark_trainer(build_objective(config, processes), config, processes)
 
 
 def _parser() -> argparse.ArgumentParser:

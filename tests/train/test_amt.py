@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from attending import MASK, STAGES, attending, attending_trainer, warm
+from attending import MASK, STAGES, attending, warm
 from safetensors.torch import save_file
+from shrunk import shrunk_trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ def pixels_of(patches: Tensor, grid: tuple[int, int] = (6, 6), size: int = 2) ->
 
 @every_stage
 def test_before_maps_and_after_them_so_many_patches_are_masked_and_thrown(stage: str, tmp_path: Path) -> None:
-    objective: Any = (trainer := attending_trainer(attending(tmp_path, stage))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path, stage))).objective
     batch = trainer.batches[0]
     before = objective.partition(batch, augment(batch))
     warmup = 27 if stage != "simmim" else 28
@@ -51,7 +52,7 @@ def test_before_maps_and_after_them_so_many_patches_are_masked_and_thrown(stage:
 
 @every_stage
 def test_nobody_sees_thrown_patches_and_the_student_no_masked_ones(stage: str, tmp_path: Path) -> None:
-    objective: Any = (trainer := attending_trainer(attending(tmp_path, stage))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path, stage))).objective
     batch = warm(trainer)
     images = augment(batch)
     partition = objective.partition(batch, images)
@@ -66,7 +67,7 @@ def test_nobody_sees_thrown_patches_and_the_student_no_masked_ones(stage: str, t
 @pytest.mark.parametrize("stage", ["mae", "simmim", "beit", "eva"])  # their targets and maps look at no other patch
 def test_a_thrown_patch_is_worth_nothing(stage: str, tmp_path: Path) -> None:
     """With targets of their own patch alone, what lies in thrown patches changes neither loss nor gradient."""
-    objective: Any = (trainer := attending_trainer(attending(tmp_path, stage))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path, stage))).objective
     batch = warm(trainer)
     loss = objective(batch)["loss"]
     thrown = pixels_of(objective.partition(batch, augment(batch)).thrown)
@@ -77,7 +78,7 @@ def test_a_thrown_patch_is_worth_nothing(stage: str, tmp_path: Path) -> None:
 
 def test_mae_predicts_the_masked_patches_from_visible_and_masked_ones(tmp_path: Path) -> None:
     """By hand: the encoder's visible tokens, the decoder's tokens of kept patches, the error of the masked ones."""
-    objective: Any = (trainer := attending_trainer(attending(tmp_path))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path))).objective
     batch = warm(trainer)
     images = augment(batch)
     partition = objective.partition(batch, images)
@@ -96,7 +97,7 @@ def test_mae_predicts_the_masked_patches_from_visible_and_masked_ones(tmp_path: 
 
 
 def test_simmim_is_the_absolute_error_of_normalised_pixels(tmp_path: Path) -> None:
-    objective: Any = (trainer := attending_trainer(attending(tmp_path, "simmim"))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path, "simmim"))).objective
     batch = warm(trainer)
     images = augment(batch)
     partition = objective.partition(batch, images)
@@ -113,7 +114,7 @@ def test_simmim_is_the_absolute_error_of_normalised_pixels(tmp_path: Path) -> No
 
 def test_dtm_morphs_what_is_kept(tmp_path: Path) -> None:
     """Thrown tokens leave the student, the matching and the groups' means of both."""
-    objective: Any = (trainer := attending_trainer(attending(tmp_path, "dtm"))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path, "dtm"))).objective
     batch = warm(trainer)
     images = augment(batch)
     partition = objective.partition(batch, images)
@@ -135,7 +136,7 @@ def test_maps_come_from_the_network_or_its_average_in_eval_mode(source: str, tmp
         teacher=attending(tmp_path).teacher,
         attention=replace(base.attention, source=source),
     )
-    objective: Any = attending_trainer(config).objective
+    objective: Any = shrunk_trainer(config).objective
     assert (objective.ema is not None) == (source == "ema")
     images = torch.rand(4, 1, 12, 12)
     objective.train()
@@ -169,7 +170,7 @@ def test_the_teachers_attention_masks_the_crop_as_the_student_sees_it(tmp_path: 
         ),
         attention=replace(base.attention, source="teacher", maps="live", warmup_epochs=0),
     )
-    trainer = attending_trainer(config)
+    trainer = shrunk_trainer(config)
     objective: Any = trainer.objective
     assert objective.maps is None and trainer.maps is None and objective.ema is None
     batch = trainer.batches[0]
@@ -187,7 +188,7 @@ def test_the_teachers_attention_masks_the_crop_as_the_student_sees_it(tmp_path: 
 
 
 def test_an_even_map_masks_anything(tmp_path: Path) -> None:
-    objective: Any = (trainer := attending_trainer(attending(tmp_path))).objective
+    objective: Any = (trainer := shrunk_trainer(attending(tmp_path))).objective
     batch = warm(trainer)
     batch["map"] = torch.zeros_like(batch["map"])
     parts = [objective.partition({**batch, "mask": batch["mask"] + shift}, augment(batch)) for shift in range(30)]
@@ -201,7 +202,7 @@ def test_beit_v2_throws_too(tmp_path: Path) -> None:
     maps = attending(tmp_path).attention
     config = replace(base, method="beit_v2", teacher=replace(base.teacher, kind="conv"), attention=maps)
     objective: Any = assemble(config, ConvTargets(ConvTeacher((12, 12), 2, in_chans=1, out_features=8)))
-    batch = warm(attending_trainer(attending(tmp_path)))
+    batch = warm(shrunk_trainer(attending(tmp_path)))
     objective.epoch = 1
     objective.ema = frozen_copy(objective.network)
     before = objective.ema.backbone.cls_token.clone()
@@ -220,7 +221,7 @@ def test_networks_that_cannot_attend_are_refused_before_anything_is_trained(sour
     student = replace(base.student, model_kwargs={**base.student.model_kwargs, "depth": 1})
     config = replace(base, student=student, attention=replace(base.attention, source=source))
     with pytest.raises(FolderError, match=f"attention.source '{source}' gives no maps: .* two blocks or more"):
-        attending_trainer(config)
+        shrunk_trainer(config)
 
 
 def test_maps_that_never_come_are_refused(tmp_path: Path) -> None:
@@ -241,7 +242,7 @@ def test_students_that_cannot_leave_patches_are_refused(tmp_path: Path) -> None:
         mask=replace(MASK, kind="random"),
     )
     with pytest.raises(FolderError, match=r"mask\.thrown must be 0 for student\.model 'vit_relpos_small.*got 12"):
-        attending_trainer(config)
+        shrunk_trainer(config)
 
 
 def test_fixed_positions_take_no_others(tmp_path: Path) -> None:
@@ -256,8 +257,8 @@ def test_fixed_positions_take_no_others(tmp_path: Path) -> None:
 def test_live_maps_know_their_epoch_after_a_finished_run(tmp_path: Path) -> None:
     """Pictures are drawn once more when a run ends between its last checkpoint and its last word."""
     config = attending(tmp_path, "live", epochs=2)
-    attending_trainer(config).fit()
-    again = attending_trainer(config)
+    shrunk_trainer(config).fit()
+    again = shrunk_trainer(config)
     again.fit()
     objective: Any = again.objective
     batch = again.batches[0]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attending import STAGES, attending, attending_trainer, train_attending
+from attending import STAGES, attending, train_attending
 from processes import run_together
+from shrunk import shrunk_trainer
 from tiny import assert_same_bits, final_state, stop_at
 
 from dtm_triton.train.engine import saver
@@ -52,7 +53,7 @@ def test_maps_are_made_when_they_are_due_and_lie_beside_weights(calm: Path) -> N
 
 
 def test_batches_come_with_the_maps_of_their_images(tmp_path: Path) -> None:
-    trainer = attending_trainer(attending(tmp_path, epochs=2))
+    trainer = shrunk_trainer(attending(tmp_path, epochs=2))
     objective: Any = trainer.objective
     forward, seen = objective.masks.forward, []
 
@@ -83,7 +84,7 @@ def test_killed_in_the_middle_of_the_maps_they_are_continued(when: int, calm: Pa
     calls: list[int] = []  # 12 batches show all images
 
     def start(broken: bool) -> None:
-        trainer = attending_trainer(attending(tmp_path))
+        trainer = shrunk_trainer(attending(tmp_path))
         attend = trainer.objective.attend
 
         def counted(images: Any) -> Any:
@@ -107,7 +108,7 @@ def test_killed_in_the_middle_of_the_maps_they_are_continued(when: int, calm: Pa
 
 
 def test_a_signal_during_the_maps_is_heard(calm: Path, tmp_path: Path) -> None:
-    trainer = attending_trainer(attending(tmp_path))
+    trainer = shrunk_trainer(attending(tmp_path))
     attend, calls = trainer.objective.attend, []
 
     def signalled(images: Any) -> Any:
@@ -120,13 +121,13 @@ def test_a_signal_during_the_maps_is_heard(calm: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         trainer.fit()
     assert trainer.step == 11 and len(calls) == 5
-    attending_trainer(attending(tmp_path)).fit()
+    shrunk_trainer(attending(tmp_path)).fit()
     assert_same_bits(final_state(tmp_path), final_state(calm))
 
 
 def test_stopped_between_maps_the_older_ones_are_used(calm: Path, tmp_path: Path) -> None:
     """A step after a checkpoint that is older than the newest maps looks at the older maps."""
-    trainer = attending_trainer(attending(tmp_path, checkpoint_every=5))
+    trainer = shrunk_trainer(attending(tmp_path, checkpoint_every=5))
     stop_at(trainer, 24)
     with pytest.raises(Stopped):
         trainer.fit()
@@ -134,7 +135,7 @@ def test_stopped_between_maps_the_older_ones_are_used(calm: Path, tmp_path: Path
     assert [path.name for path in saved_steps(folder)] == ["step_000000025", "step_000000022"]
     for path in (folder / "step_000000025").iterdir():
         path.unlink()  # damaged
-    attending_trainer(attending(tmp_path, checkpoint_every=5)).fit()
+    shrunk_trainer(attending(tmp_path, checkpoint_every=5)).fit()
     assert_same_bits(final_state(tmp_path), final_state(calm))
 
 
@@ -150,7 +151,7 @@ def test_spoilt_maps_spoil_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_stop_during_maps_is_not_called_saved_when_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint before the maps could not be written: the last word is its trouble."""
-    trainer = attending_trainer(attending(tmp_path, checkpoint_every=100))
+    trainer = shrunk_trainer(attending(tmp_path, checkpoint_every=100))
     attend = trainer.objective.attend
 
     def signalled(images: Any) -> Any:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Generator
 
-from dtm_triton.train.config import DataConfig, PretrainConfig, TeacherConfig
+from dtm_triton.train.config import DataConfig, PretrainConfig, TeacherConfig, to_json
+from dtm_triton.train.engine.distributed import Processes
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.maps.store import MapStore
+from dtm_triton.train.objectives.tokens import TokenObjective
 
 WIDTH, HEIGHT = 500, 375  # what most images of ImageNet-1K have
 BLOBS = 24  # pixels: noise of this grain, under finer noise, compresses about as photographs do
@@ -64,6 +66,21 @@ def random_weights(teacher: TeacherConfig, path: Path) -> TeacherConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in state.items()}, path)
     return replace(teacher, weights=path)
+
+
+def benchmark_trainer(objective: TokenObjective, config: PretrainConfig, processes: Processes) -> Trainer:
+    """A trainer whose steps are those behind the warm-up of attention maps."""
+    trainer = Trainer(
+        objective,
+        data=config.data,
+        optimizer=config.optimizer,
+        run=config.run,
+        processes=processes,
+        resolved=to_json(config),
+        title="benchmark",
+    )
+    past_warm_up(trainer)
+    return trainer
 
 
 def past_warm_up(trainer: Trainer) -> None:

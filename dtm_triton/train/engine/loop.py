@@ -148,6 +148,13 @@ class Trainer:
                 raise FolderError(f"the last {trouble}")
         return last
 
+    def first_rows(self, count: int) -> Batch:
+        """The first `count` images of the first step, at most a batch of them, with their maps if there are any."""
+        batch = self.batches.rows(0, 0, min(count, self.run.batch_size))
+        if self.maps is not None:
+            self.maps.add_to(batch)
+        return batch
+
     def _leave(self, book: Logbook, number: int, trouble: str | None) -> NoReturn:
         if trouble:
             raise FolderError(f"stopped at step {self.step}; its {trouble}")

@@ -23,7 +23,7 @@ from dtm_triton.train.engine.logbook import read_metrics
 from dtm_triton.train.engine.loop import Trainer
 from dtm_triton.train.engine.run_folder import refuse_changes
 from dtm_triton.train.objectives.tokens import TokenObjective
-from dtm_triton.train.pictures import draw_stage, drawable, first_images, reconstruct
+from dtm_triton.train.pictures import SHOWN, draw_stage, drawable, first_images, reconstruct
 from dtm_triton.train.probe import probe
 from dtm_triton.train.study.design import configure
 from dtm_triton.visualize import draw_reconstructions
@@ -99,23 +99,18 @@ def _train(
             title=name,
         )
 
-        def shown() -> Batch:
-            batch = trainer.batches[0]
-            if trainer.maps is not None:
-                trainer.maps.add_to(batch)
-            return batch
-
         def stage(step: int) -> None:
-            draw_stage(config, objective, shown(), pictures / f"{file_name(name)}_step_{step:09d}.png", Processes())
+            path = pictures / f"{file_name(name)}_step_{step:09d}.png"
+            draw_stage(config, objective, trainer.first_rows(SHOWN), path, Processes())
 
         if seed == PICTURED:
             trainer.after_maps = stage
         trainer.fit()
         if seed == PICTURED and config.teacher.kind == "pixels":
-            _draw_end(config, objective, shown(), pictures / f"{file_name(name)}_reconstructions.png")
-    return [float(row["loss"]) for row in read_metrics(config.run.folder) if "loss" in row][
-        -1
-    ]  # digits are evaluated last
+            path = pictures / f"{file_name(name)}_reconstructions.png"
+            _draw_end(config, objective, trainer.first_rows(SHOWN), path)
+    losses = [float(row["loss"]) for row in read_metrics(config.run.folder) if "loss" in row]
+    return losses[-1]
 
 
 def _draw_end(config: PretrainConfig, objective: TokenObjective, batch: Batch, path: Path) -> None:
